@@ -1,0 +1,43 @@
+"""Configuration of one engine, by composition; frozen, checked once when it is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message says which one and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """`kv_memory_bytes` None = measured: free GPU memory times `gpu_memory_fraction` after the weights, or 1 GiB on CPU."""
+
+    block_size: int = 16
+    kv_memory_bytes: int | None = None
+    gpu_memory_fraction: float = 0.9
+    prefix_cache: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class BatchConfig:
+    """Limits of one step. `max_tokens_per_step` is the token budget shared by decode rows and prefill chunks."""
+
+    max_tokens_per_step: int = 2048
+    prefill_chunk_tokens: int = 512
+    max_running: int = 256
+    max_waiting: int = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One engine: which weights on which device, and how it batches. `threads` None leaves torch's default."""
+
+    model: Path
+    device: str = "cpu"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    threads: int | None = None
+    cache: CacheConfig = CacheConfig()
+    batch: BatchConfig = BatchConfig()
