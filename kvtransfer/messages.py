@@ -1,0 +1,101 @@
+"""What a worker and its transfer agent tell each other about hand-offs: commands down, events up.
+
+The life of a hand-off, seen from both engines (P prefill, D decode; -> crosses the wire):
+
+    P  offer(Offer)         -> OFFER  ->   D  Offered            when P starts the prompt
+    D  grant(landing)       -> GRANT  ->   P  Granted            D has landing blocks, receives are posted
+    P  blocks_ready(..)     -> blocks ->   D  (counted)          whole blocks, while the next chunk computes
+    P  finish(payload)      -> DONE   ->   D  Landed             all blocks and DONE have arrived
+    D  ack()                -> ACK    ->   P  Released(acked)    P drops its hold
+    either  cancel(reason)  -> CANCEL ->   other  Failed; and Released at the one that called it
+
+A block that the agent may still read (P) or have written (D) is its own until `Released` names the hand-off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PeerAddress:
+    """Where an engine's transfer agent listens. `generation` tells incarnations under one `engine_id` apart."""
+
+    engine_id: str
+    generation: int
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffKey:
+    """Names one hand-off on both engines. `epoch` is the request's: a resume is a new hand-off."""
+
+    request_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Prefill tells decode that the KV of `num_tokens` tokens will come in `num_blocks` blocks (the last may be partial)."""
+
+    key: HandoffKey
+    num_tokens: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """Decode's answer: blocks `first_block`.. of the prompt go to `block_ids`, in order; earlier ones it has already.
+
+    `first_block` may equal num_blocks (everything cached): then no block travels.
+    """
+
+    first_block: int
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """At decode: a peer offers a hand-off. Answer with `grant` now or later, or `cancel`."""
+
+    offer: Offer
+    peer: PeerAddress
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """At prefill: decode has room. For information; the agent sends ready blocks by itself from now on."""
+
+    key: HandoffKey
+    first_block: int
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """At decode: every granted block is written and DONE's payload is here. The worker admits the sequence and acks."""
+
+    key: HandoffKey
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The agent touches no block of this hand-off any more: prefill's sources or decode's landing blocks may be reused.
+
+    `acked` is True when decode has everything; on a hand-off that failed it follows `Failed` (or the own `cancel`).
+    """
+
+    key: HandoffKey
+    acked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The hand-off will not complete; `Released` follows as soon as no operation can touch the blocks."""
+
+    key: HandoffKey
+    reason: str
+
+
+Event = Offered | Granted | Landed | Released | Failed
