@@ -1,0 +1,45 @@
+"""The session plane between an ingress and an engine: what is submitted, and the two sides' seams.
+
+One framed msgpack TCP connection per (ingress replica, engine). Upstream: submit, abort. Downstream: one frame per engine
+step that carries every output for that ingress together with the engine's load.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvbaton.engine.request import Request
+from kvbaton.kvtransfer.messages import PeerAddress
+
+
+class Leg(enum.StrEnum):
+    """What one engine does for a request. LOCAL: prefill and decode here, no transfer."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    LOCAL = "local"
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """`peer` is the other engine of the pair (its KV address), None for LOCAL."""
+
+    request: Request
+    leg: Leg
+    peer: PeerAddress | None = None
+
+
+class SessionHandler(Protocol):
+    """The engine's side of a session server. Called on the event loop; must not block."""
+
+    def submit(self, session_id: int, submit: Submit) -> None: ...
+
+    def abort(self, session_id: int, request_id: str, sample: int | None) -> None:
+        """Stop a request (or one sample of it) and release all it holds. Unknown ids are ignored."""
+        ...
+
+    def session_lost(self, session_id: int) -> None:
+        """The ingress is gone: abort everything that it submitted."""
+        ...
