@@ -1,0 +1,85 @@
+"""The seam between the model and the device: one `Kernels` per device type.
+
+`num_tokens` rows of a ragged batch, `num_heads` query heads, `num_kv_heads` of K and V. The KV pool is one tensor
+`kv_cache [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]` with K at index 0 and V at 1.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from kvbaton.kernels.meta import AttentionMeta
+
+
+class Kernels(Protocol):
+    """What a decoder layer needs. No method keeps its arguments; only those that say so write to one."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x [..., hidden] -> the same shape; also used over head_dim on [num_tokens, num_heads, head_dim] views."""
+        ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm(x + residual), x + residual), each [num_tokens, hidden]."""
+        ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, 2 * intermediate] -> silu(first half) * second half."""
+        ...
+
+    def rope_and_write_kv(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv_cache: torch.Tensor,
+        layer: int,
+        meta: AttentionMeta,
+    ) -> torch.Tensor:
+        """Rotate q [num_tokens, num_heads, head_dim] and k by cos/sin [max_position, rotary_dim / 2]; return the new q.
+
+        Writes rotated k and v [num_tokens, num_kv_heads, head_dim] to the slots of `meta` in `kv_cache`.
+        """
+        ...
+
+    def paged_attention(
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        layer: int,
+        meta: AttentionMeta,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """Causal attention of q [num_tokens, num_heads, head_dim] over the pool, decode rows and chunks mixed."""
+        ...
+
+    def gather_blocks(self, kv_cache: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
+        """Blocks `block_ids [n]` as one new tensor [n, num_layers, 2, num_kv_heads, block_size, head_dim]."""
+        ...
+
+    def scatter_blocks(self, staging: torch.Tensor, kv_cache: torch.Tensor, block_ids: torch.Tensor) -> None:
+        """Write staging [n, ...] to the distinct blocks `block_ids [n]` of `kv_cache`."""
+        ...
+
+    def copy_blocks(self, kv_cache: torch.Tensor, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:
+        """Copy block src_ids[i] to dst_ids[i]; no destination occurs twice or among the sources."""
+        ...
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """Triton on CUDA, the measured CPU path elsewhere. Triton is imported only where it will run."""
+    if device.type == "cuda":
+        from kvbaton.kernels.triton_backend import TritonKernels
+
+        return TritonKernels()
+    if device.type == "cpu":
+        from kvbaton.kernels.cpu import CpuKernels
+
+        return CpuKernels()
+    raise ValueError(f"no kernels for device {device}: use cpu or cuda")
