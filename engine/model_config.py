@@ -1,0 +1,111 @@
+"""What a decoder is: sizes and flags, as plain values. No torch, no files.
+
+One decoder covers every family here; a family is a set of flags (biases, q/k norm, windows, experts), not a class.
+`hf_config.load_model_config` makes a `ModelConfig` from a Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+
+class Architecture(enum.StrEnum):
+    """The value of `architectures` in config.json that this engine runs."""
+
+    LLAMA = "LlamaForCausalLM"
+    QWEN2 = "Qwen2ForCausalLM"
+    QWEN3 = "Qwen3ForCausalLM"
+    MISTRAL = "MistralForCausalLM"
+    MIXTRAL = "MixtralForCausalLM"
+    QWEN3_MOE = "Qwen3MoeForCausalLM"
+
+
+class RopeType(enum.StrEnum):
+    """How rotary frequencies are scaled for contexts beyond the trained one."""
+
+    DEFAULT = "default"
+    LINEAR = "linear"
+    LLAMA3 = "llama3"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary embedding; the three fields after `factor` belong to LLAMA3 alone."""
+
+    theta: float
+    kind: RopeType = RopeType.DEFAULT
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class MoeConfig:
+    """Experts of the layers named in `layers`; the other layers keep a dense MLP.
+
+    `normalize_top_k`: the chosen experts' probabilities are divided by their sum, so that they add up to 1.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    normalize_top_k: bool
+    layers: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A decoder-only transformer. `num_heads * head_dim` need not equal `hidden_size`.
+
+    `sliding_windows` has an entry a layer: how many tokens a query sees, its own included, or None for all.
+    `dtype` is the one that the weights were saved in.
+    """
+
+    architecture: Architecture
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: RopeConfig
+    sliding_windows: tuple[int | None, ...]
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    moe: MoeConfig | None = None
+    dtype: str = "float32"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def is_moe_layer(self, layer: int) -> bool:
+        return self.moe is not None and layer in self.moe.layers
+
+    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
+        """K and V of one token over all layers."""
+        return 2 * self.num_layers * self.kv_size * dtype_bytes
+
+    def digest(self) -> str:
+        """Hex digest of every field; equal configs have equal digests on every machine and version."""
+        values = asdict(self)
+        if self.moe is not None:
+            values["moe"]["layers"] = sorted(self.moe.layers)
+        text = json.dumps(values, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
