@@ -1,0 +1,41 @@
+"""What a worker is fed and what it stands on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvbaton.cluster.session_types import Submit
+from kvbaton.engine.batch import ScheduledRow, StepResult
+from kvbaton.engine.kv_manager import KVManager
+from kvbaton.kvtransfer.messages import Failed, Granted, Landed, Offered, Released
+
+
+class StepEngine(Protocol):
+    """What the step loop needs of an engine: its blocks, and a forward pass over scheduled rows."""
+
+    kv: KVManager
+    max_model_len: int
+    vocab_size: int
+
+    def run(self, rows: list[ScheduledRow]) -> StepResult: ...
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """One request of a session, or one sample of it (`sample`), or all requests of the session (`request_id` None)."""
+
+    session_id: int
+    request_id: str | None
+    sample: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    session_id: int
+    submit: Submit
+
+
+Item = Submitted | Abort | Offered | Granted | Landed | Released | Failed

@@ -1,0 +1,49 @@
+"""The order in which waiting prompts get prefill tokens: shortest remaining work first, with ageing.
+
+A prompt's rank is its uncomputed tokens minus what its waiting time is worth, so a short prompt overtakes a long one
+that has just begun, and a long one cannot be overtaken for ever: after `remaining / ageing_tokens_per_s` seconds it is
+ahead of every newcomer. Sequences that were preempted were streaming already and go before all others, oldest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvbaton.engine.sequence import Sequence, Status
+
+AGEING_TOKENS_PER_S = 2000.0
+
+
+class PrefillQueue:
+    """Sequences with prompt tokens left to compute, started or not."""
+
+    def __init__(self, ageing_tokens_per_s: float = AGEING_TOKENS_PER_S) -> None:
+        self._ageing = ageing_tokens_per_s
+        self._items: dict[int, Sequence] = {}  # by identity: a Sequence has no value equality
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._items.values())
+
+    def __contains__(self, seq: Sequence) -> bool:
+        return id(seq) in self._items
+
+    def add(self, seq: Sequence) -> None:
+        self._items[id(seq)] = seq
+
+    def remove(self, seq: Sequence) -> None:
+        del self._items[id(seq)]
+
+    def ordered(self, now: float) -> list[Sequence]:
+        """Most urgent first; ties by arrival."""
+        return sorted(self._items.values(), key=lambda seq: self._rank(seq, now))
+
+    def uncomputed_tokens(self) -> int:
+        return sum(seq.num_uncomputed for seq in self._items.values())
+
+    def _rank(self, seq: Sequence, now: float) -> tuple[int, float, float]:
+        if seq.num_outputs > len(seq.request.emitted) or seq.status is Status.PREEMPTED:
+            return (0, seq.arrival_s, 0.0)
+        return (1, seq.num_uncomputed - self._ageing * (now - seq.arrival_s), seq.arrival_s)

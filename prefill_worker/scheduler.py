@@ -1,0 +1,98 @@
+"""Chunked prefill: which prompt tokens run in the next step (Sarathi's token budget over a paged, cached prefix).
+
+A prompt starts when the pool has blocks for all of it, so one that has started never waits for memory and always ends:
+there is no order of arrivals in which two half-computed prompts wait for each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvbaton.engine.batch import ScheduledRow
+from kvbaton.engine.config import BatchConfig
+from kvbaton.engine.kv_manager import KVManager, OutOfBlocks
+from kvbaton.engine.sequence import Sequence, Status
+from kvbaton.prefill_worker.queue import PrefillQueue
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """What one executed row did: `full_blocks` of the prompt are complete, and whether the prompt is."""
+
+    seq: Sequence
+    full_blocks: int
+    done: bool
+
+
+class PrefillScheduler:
+    """Owns the sequences that have prompt tokens left; the step loop calls schedule, runs, then calls commit."""
+
+    def __init__(self, kv: KVManager, limits: BatchConfig, on_start: Callable[[Sequence], None]) -> None:
+        """`on_start` is told of each prompt whose first chunk is about to run: the moment to offer a hand-off."""
+        self._kv = kv
+        self._limits = limits
+        self._on_start = on_start
+        self.queue = PrefillQueue()
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a WAITING or PREEMPTED sequence, which holds no blocks."""
+        self.queue.add(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        """Forget a sequence (abort). Its blocks stay with it: the caller releases them."""
+        self.queue.remove(seq)
+
+    def blocks_needed(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._kv.block_size)
+
+    def schedule(self, budget_tokens: int, now: float) -> list[ScheduledRow]:
+        """Rows of at most `budget_tokens` tokens together, most urgent prompts first."""
+        rows: list[ScheduledRow] = []
+        room = True
+        for seq in self.queue.ordered(now):
+            if budget_tokens <= 0:
+                break
+            if seq.status is not Status.PREFILLING:
+                room = room and self._start(seq)  # after the first that finds no room nobody else starts
+                if not room:
+                    continue
+            take = min(seq.num_uncomputed, self._limits.prefill_chunk_tokens, budget_tokens)
+            last = take == seq.num_uncomputed
+            rows.append(ScheduledRow(seq, take, seq.samples if last else ()))
+            budget_tokens -= take
+        return rows
+
+    def commit(self, row: ScheduledRow) -> PrefillProgress:
+        """Account for an executed row: its full blocks become reusable prefixes; a finished prompt leaves the queue."""
+        seq, size = row.seq, self._kv.block_size
+        seq.num_computed += row.num_tokens
+        full = seq.num_computed // size
+        self._kv.commit(seq.hashes(size, full), seq.block_table[:full])
+        done = seq.num_uncomputed == 0
+        if done:
+            self.queue.remove(seq)
+        return PrefillProgress(seq, full, done)
+
+    def _start(self, seq: Sequence) -> bool:
+        """Give `seq` its cached prefix and fresh blocks for the rest; False (nothing taken) when there is no room."""
+        size = self._kv.block_size
+        cached = self._match(seq)
+        try:
+            fresh = self._kv.allocate(self.blocks_needed(len(seq.tokens)) - len(cached))
+        except OutOfBlocks:
+            self._kv.release(cached)
+            return False
+        seq.block_table = cached + fresh
+        seq.num_computed = len(cached) * size
+        seq.cached_tokens = seq.num_computed
+        seq.to(Status.PREFILLING)
+        self._on_start(seq)
+        return True
+
+    def _match(self, seq: Sequence) -> list[int]:
+        """Held blocks of the longest cached prefix that leaves a token to compute, whose logits give the next one."""
+        if seq.sampling.prompt_logprobs is not None and not seq.request.emitted:
+            return []  # every prompt row's logits are wanted
+        size = self._kv.block_size
+        return self._kv.match(seq.hashes(size, (len(seq.tokens) - 1) // size))
