@@ -22,16 +22,27 @@ class JsonFields:
     def read(cls, path: Path) -> JsonFields:
         """Parse a file that must hold one JSON object."""
         try:
-            values = json.loads(path.read_bytes())
+            text = path.read_bytes()
         except FileNotFoundError:
             raise ConfigError(f"{path} is missing") from None
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        return cls.parse(str(path), text)
+
+    @classmethod
+    def parse(cls, where: str, text: bytes) -> JsonFields:
+        """`where` is named in every error."""
+        try:
+            values = json.loads(text)
         except ValueError as error:
-            raise ConfigError(f"{path} is not valid JSON: {error}") from error
+            raise ConfigError(f"{where} is not valid JSON: {error}") from error
         if not isinstance(values, dict):
-            raise ConfigError(f"{path} must hold a JSON object, got {type(values).__name__}")
-        return cls(str(path), values)
+            raise ConfigError(f"{where} must hold a JSON object, got {type(values).__name__}")
+        return cls(where, values)
+
+    def names(self) -> tuple[str, ...]:
+        """Every name that has a value."""
+        return tuple(name for name in self._values if self.has(name))
 
     def error(self, message: str) -> ConfigError:
         """An exception that names this file."""

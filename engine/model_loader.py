@@ -1,0 +1,55 @@
+"""From a folder, or from nothing but a config, to a decoder on its device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kvbaton.engine.checkpoint import Checkpoint, fingerprint, load_weights
+from kvbaton.engine.config import ConfigError
+from kvbaton.engine.decoder import Decoder
+from kvbaton.engine.hf_config import DTYPES, load_model_config
+from kvbaton.engine.model_config import ModelConfig
+from kvbaton.engine.random_weights import random_digest, random_weights
+from kvbaton.kernels.backend import kernels_for
+
+_TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """`fingerprint` is equal on two engines exactly when config and weights are."""
+
+    config: ModelConfig
+    decoder: Decoder
+    fingerprint: str
+
+
+def load_model(
+    folder: Path, device: torch.device, dtype: str = "auto", max_positions: int | None = None
+) -> LoadedModel:
+    """Raises `ConfigError` that names the file, tensor or option at fault. `dtype` auto is the one saved."""
+    config = load_model_config(folder)
+    checkpoint = Checkpoint.open(folder)
+    weights = load_weights(config, checkpoint, resolve_dtype(config, dtype), device)
+    decoder = Decoder(config, weights, kernels_for(device), max_positions)
+    return LoadedModel(config, decoder, fingerprint(config, checkpoint.digest()))
+
+
+def random_model(
+    config: ModelConfig, seed: int, device: torch.device, dtype: str = "auto", max_positions: int | None = None
+) -> LoadedModel:
+    """A model that behaves, without a checkpoint: for benchmarks."""
+    weights = random_weights(config, seed, resolve_dtype(config, dtype), device)
+    decoder = Decoder(config, weights, kernels_for(device), max_positions)
+    return LoadedModel(config, decoder, fingerprint(config, random_digest(seed)))
+
+
+def resolve_dtype(config: ModelConfig, name: str) -> torch.dtype:
+    """The torch dtype of a setting; auto takes the model's own."""
+    chosen = config.dtype if name == "auto" else name
+    if chosen not in _TORCH_DTYPES:
+        raise ConfigError(f"dtype {name!r} is not supported; supported: auto, {', '.join(DTYPES)}")
+    return _TORCH_DTYPES[chosen]
