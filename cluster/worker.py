@@ -10,6 +10,8 @@ in one forward pass; the role only decides what the router sends here, so switch
 
 from __future__ import annotations
 
+import time
+
 from kvbaton.cluster.session_types import Leg
 from kvbaton.cluster.tracks import Track, Tracks
 from kvbaton.cluster.worker_types import Abort, Item, StepEngine, Submitted
@@ -43,6 +45,7 @@ class Worker:
         self.decode = DecodeScheduler(engine.kv, limits.max_running)
         self.outgoing = OutgoingHandoffs(engine.kv, agent)
         self.landings = Landings(engine.kv, agent)
+        self.model_s = 0.0  # wall time inside forward passes
         self._outputs: dict[int, list[TokenOutput]] = {}
 
     # ---- what comes in ------------------------------------------------------------------------------------------
@@ -78,7 +81,9 @@ class Worker:
             return False
         if plan.copies:
             self._engine.copy_blocks(plan.copies)
+        started = time.perf_counter()
         result = self._engine.run(rows)
+        self.model_s += time.perf_counter() - started
         for row, sampled, prompt_logprobs in zip(rows, result.sampled, result.prompt_logprobs, strict=True):
             track = self.tracks.of(row.seq)
             if track is None:

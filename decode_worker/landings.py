@@ -1,8 +1,8 @@
 """Hand-offs as the decode engine sees them: when KV may land, where, and who holds the landing blocks.
 
 Two messages start one, in either order: the ingress's SUBMIT (what to decode) and the prefill engine's OFFER (the
-prompt has begun to compute). No block is reserved before both are here and the pool has room, so prompts that wait in a prefill
-queue cost decode nothing.
+prompt has begun to compute). No block is reserved before both are here and the pool has room, so prompts that wait in a
+prefill queue cost decode nothing.
 
     EXPECTED  submit, no offer          EARLY    offer, no submit (dropped after a grace period)
     WAITING   both, no room yet         GRANTED  blocks are held, KV is arriving
@@ -106,7 +106,7 @@ class Landings:
                 self.cancel(item.key, "decode: no ingress submitted this request")
 
     def landed(self, key: HandoffKey) -> Sequence | None:
-        """The prompt's KV is complete here: ack, and hand over the sequence with its blocks. None if it was cancelled."""
+        """The prompt's KV is complete here: ack, and hand over the sequence with its blocks. None if cancelled."""
         item = self._open.get(key)
         if item is None or item.state is not LandingState.GRANTED or item.seq is None:
             return None
