@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ class Checkpoint:
         """Read the headers of every safetensors file; raises `ConfigError` naming a missing or damaged one."""
         tensors = [tensor for path in _files(folder) for tensor in _read_header(path)]
         tensors.sort(key=lambda tensor: tensor.name)
-        for one, other in zip(tensors, tensors[1:], strict=False):
+        for one, other in pairwise(tensors):
             if one.name == other.name:
                 raise ConfigError(f"tensor {one.name} is in {one.file} and again in {other.file}")
         return cls(folder, tuple(tensors))
@@ -123,7 +125,8 @@ def _sharded_files(folder: Path) -> list[Path]:
 
 def _read_header(path: Path) -> Iterator[StoredTensor]:
     """The 8-byte length and JSON header of a safetensors file, checked by the library first."""
-    _open(path, "cpu").__exit__(None, None, None)
+    with _open(path):
+        pass
     with path.open("rb") as handle:
         header_bytes = int.from_bytes(handle.read(8), "little")
         header = JsonFields.parse(str(path), handle.read(header_bytes))
@@ -136,11 +139,14 @@ def _read_header(path: Path) -> Iterator[StoredTensor]:
         yield StoredTensor(name, path, entry.string("dtype"), shape, 8 + header_bytes + begin, end - begin)
 
 
-def _open(path: Path, device: str) -> Any:
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
     try:
-        return safe_open(path, framework="pt", device=device).__enter__()
+        handle = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path} is not a readable safetensors file: {error}") from error
+    with handle as opened:
+        yield opened
 
 
 def _expert_naming(checkpoint: Checkpoint) -> ExpertNaming:
@@ -177,9 +183,6 @@ def _check_tensor(tensor: StoredTensor, slot: Slot) -> None:
 
 
 def _copy_file(path: Path, targets: list[Slot]) -> None:
-    handle = _open(path, "cpu")
-    try:
+    with _open(path) as handle:
         for slot in targets:
             slot.target.copy_(handle.get_tensor(slot.name))
-    finally:
-        handle.__exit__(None, None, None)

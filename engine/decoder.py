@@ -85,10 +85,11 @@ class Decoder:
     ) -> torch.Tensor:
         """x [num_tokens, hidden] -> same shape."""
         config = self.config
-        q, k, v = F.linear(x, layer.qkv, layer.qkv_bias).split((config.q_size, config.kv_size, config.kv_size), dim=-1)
-        q = q.unflatten(-1, (config.num_heads, config.head_dim))
-        k = k.unflatten(-1, (config.num_kv_heads, config.head_dim))
-        v = v.unflatten(-1, (config.num_kv_heads, config.head_dim))
+        qkv = F.linear(x, layer.qkv, layer.qkv_bias)
+        q, k, v = torch.split(qkv, [config.q_size, config.kv_size, config.kv_size], dim=-1)
+        q = q.view(-1, config.num_heads, config.head_dim)
+        k = k.view(-1, config.num_kv_heads, config.head_dim)
+        v = v.view(-1, config.num_kv_heads, config.head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = self._kernels.rms_norm(q, layer.q_norm, config.rms_norm_eps)
             k = self._kernels.rms_norm(k, layer.k_norm, config.rms_norm_eps)

@@ -174,10 +174,10 @@ def slots(
 def _attention_slots(prefix: str, config: ModelConfig, attention: AttentionWeights) -> Iterator[Slot]:
     sizes = [config.q_size, config.kv_size, config.kv_size]
     projections = (("q_proj", Part.Q), ("k_proj", Part.K), ("v_proj", Part.V))
-    for (name, part), rows in zip(projections, attention.qkv.split(sizes), strict=True):
+    for (name, part), rows in zip(projections, torch.split(attention.qkv, sizes), strict=True):
         yield Slot(f"{prefix}.{name}.weight", rows, part)
     if attention.qkv_bias is not None:
-        for (name, _), rows in zip(projections, attention.qkv_bias.split(sizes), strict=True):
+        for (name, _), rows in zip(projections, torch.split(attention.qkv_bias, sizes), strict=True):
             yield Slot(f"{prefix}.{name}.bias", rows, Part.BIAS)
     yield Slot(f"{prefix}.o_proj.weight", attention.out, Part.OUT)
     if attention.out_bias is not None:
