@@ -1,0 +1,103 @@
+# Commands of the repository. Nothing but Python 3.11+ and a C compiler has to be there: everything else goes into .venv.
+#
+#   make serve        install, make a tiny model, start 1 prefill + 1 decode engine, endpoint on http://127.0.0.1:8000
+#   make test         install what the tests need and run all of them
+#   make lint         ruff and mypy only
+#   make clean        remove .venv, caches and the tiny model
+#
+# Knobs of serve:  MODEL=folder  PREFILL=2  DECODE=1  HYBRID=0  PORT=8001  DEVICE=cpu  DTYPE=float32  ARGS="..."
+# Knobs of both:   PYTHON=python3.12  TORCH=torch==2.13.0  VENV_ARGS=--system-site-packages
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+MODEL ?= models/tiny
+PREFILL ?= 1
+DECODE ?= 1
+HYBRID ?= 0
+PORT ?= 8000
+DEVICE ?= auto
+DTYPE ?= auto
+ARGS ?=
+PYTEST_ARGS ?=
+VENV_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The default wheel of a newer torch brings gigabytes of CUDA; a machine without a GPU gets the version that has a CPU build.
+TORCH ?= $(if $(and $(filter-out cpu,$(DEVICE)),$(shell command -v nvidia-smi)),torch>=2.11,torch==2.13.0)
+
+# A candidate is run, not only looked up: a version manager's shim exists for versions that are not active.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
+
+.PHONY: help serve test lint clean venv
+
+help:
+	@sed -n '3,9s/^# \{0,1\}//p' Makefile
+
+serve: $(VENV)/.installed $(if $(filter models/tiny,$(MODEL)),models/tiny/config.json)
+	@exec $(BIN)/kvbaton serve --model '$(MODEL)' --prefill $(PREFILL) --decode $(DECODE) --hybrid $(HYBRID) \
+		--port $(PORT) --device $(DEVICE) --dtype $(DTYPE) $(ARGS)
+
+test: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-test
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+venv: $(VENV)/.installed-test
+
+models/tiny/config.json: | $(VENV)/.installed
+	@echo "making a tiny model in models/tiny"
+	$(BIN)/kvbaton make-model models/tiny
+
+$(BIN)/python:
+	@if [ -z "$(PYTHON)" ]; then
+		echo "make: no Python 3.11, 3.12 or 3.13 found; install one, or name it: make serve PYTHON=/path/to/python3" >&2
+		exit 1
+	fi
+	echo "making $(VENV) with $$($(PYTHON) --version)"
+	$(PYTHON) -m venv $(VENV_ARGS) $(VENV) || {
+		echo "make: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2
+		rm -rf $(VENV)
+		exit 1
+	}
+
+# pip's own lines go to a log; the screen shows what it is busy with, and the end of the log when it fails.
+define pip_install
+	pip_install() {
+		local what=$$1 log=$(VENV)/install.log
+		shift
+		echo "installing $$what"
+		if ! $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off "$$@" 2>&1 | tee -a "$$log" \
+			| awk -v tty=$$([ -t 1 ] && echo 1 || echo 0) \
+				'tty && /^ *(Collecting|Downloading|Building|Installing|Using)/ {
+					printf "\r\033[K  %s", substr($$0, 1, 100); fflush(); shown = 1 }
+				END { if (shown) printf "\r\033[K" }'; then
+			echo "make: the installation failed; the end of $$log:" >&2
+			tail -n 15 "$$log" >&2
+			exit 1
+		fi
+	}
+endef
+
+$(VENV)/.installed: pyproject.toml src/kvbaton/__init__.py | $(BIN)/python
+	@$(pip_install)
+	pip_install "$(TORCH)" '$(TORCH)'
+	pip_install "kvbaton and what it needs" -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@$(pip_install)
+	pip_install "what the tests need" -e '.[test]'
+	touch $@
+
+clean:
+	@rm -rf $(VENV) models/tiny build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/kvbaton.egg-info
