@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from kvbaton.engine.config import ConfigError
 from kvbaton.engine.hf_config import DTYPES
@@ -186,3 +187,9 @@ def _copy_file(path: Path, targets: list[Slot]) -> None:
     with _open(path) as handle:
         for slot in targets:
             slot.target.copy_(handle.get_tensor(slot.name))
+
+
+def save_weights(folder: Path, config: ModelConfig, weights: DecoderWeights) -> None:
+    """Write model.safetensors under the names that hub checkpoints use."""
+    tensors = {slot.name: slot.target.cpu().clone() for slot in slots(config, weights)}
+    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})

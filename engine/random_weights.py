@@ -15,7 +15,8 @@ from kvbaton.engine.model_config import ModelConfig
 from kvbaton.engine.weights import DecoderWeights, Part, Slot, empty_weights, slots
 
 _GAINS = {Part.Q: 1.6, Part.K: 1.6, Part.V: 1.0, Part.GATE: 1.0, Part.UP: 1.0, Part.ROUTER: 3.0, Part.LM_HEAD: 5.0}
-_OUTPUT_GAIN, _TIED_OUTPUT_GAIN = 2.0, 4.0
+_OUTPUT_GAIN = 2.0
+_TIED_OUTPUT_GAIN = 8.0  # else the token just read, whose embedding is its own logit row, wins again
 
 
 def random_weights(config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
