@@ -1,7 +1,7 @@
 """The session plane between an ingress and an engine: what is submitted, and the two sides' seams.
 
-One framed msgpack TCP connection per (ingress replica, engine). Upstream: submit, abort. Downstream: one frame per engine
-step that carries every output for that ingress together with the engine's load.
+One framed msgpack TCP connection per (ingress replica, engine). Upstream: submit, abort. Downstream: one frame per
+engine step that carries every output for that ingress together with the engine's load.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import enum
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvbaton.engine.request import Request
+from kvbaton.engine.request import FinishReason, Request, TokenOutput
 from kvbaton.kvtransfer.messages import PeerAddress
 
 
@@ -43,3 +43,13 @@ class SessionHandler(Protocol):
     def session_lost(self, session_id: int) -> None:
         """The ingress is gone: abort everything that it submitted."""
         ...
+
+
+def refused_outputs(submit: Submit, message: str) -> list[TokenOutput]:
+    """The outputs that end every sample of a request without a token."""
+    request = submit.request
+    index = len(request.emitted)
+    return [
+        TokenOutput(request.request_id, request.epoch, sample, index, None, finish=FinishReason.ERROR, error=message)
+        for sample in request.sample_indices
+    ]

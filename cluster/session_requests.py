@@ -1,0 +1,146 @@
+"""How a request travels upstream: the positional form of SUBMIT and ABORT, with one field table for sampling."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvbaton.cluster.session_fields import WireError, index_below, natural, number, sized, text
+from kvbaton.cluster.session_types import Leg, Submit
+from kvbaton.engine.request import MAX_SAMPLES, Request, SamplingParams
+from kvbaton.kvtransfer.messages import PeerAddress
+
+MAX_ID_CHARS = 256
+MAX_SALT_CHARS = 4096
+
+_LEGS = tuple(Leg)
+
+
+def submit_fields(submit: Submit) -> list[object]:
+    """The inverse of `decode_submit`. Raises `OverflowError` for a token id that is no unsigned 32-bit number."""
+    request, peer = submit.request, submit.peer
+    wire_request = (
+        request.request_id,
+        _token_bytes(request.prompt),
+        [getattr(request.sampling, name) for name, _ in SAMPLING_FIELDS],
+        request.sample_indices,
+        _token_bytes(request.emitted),
+        request.epoch,
+        request.cache_salt,
+    )
+    wire_peer = None if peer is None else (peer.engine_id, peer.generation, peer.host, peer.port)
+    return [_LEGS.index(submit.leg), wire_peer, wire_request]
+
+
+def decode_submit(fields: list[Any]) -> Submit:
+    """Fields of a SUBMIT message."""
+    leg, peer, request = sized("submit", fields, 3)
+    return Submit(
+        request=_decode_request(request),
+        leg=_LEGS[index_below("leg", leg, len(_LEGS))],
+        peer=None if peer is None else _decode_peer(peer),
+    )
+
+
+def decode_abort(fields: list[Any]) -> tuple[str, int | None]:
+    request_id, sample = sized("abort", fields, 2)
+    checked = None if sample is None else index_below("sample", sample, MAX_SAMPLES)
+    return text("request id", request_id, MAX_ID_CHARS), checked
+
+
+def _decode_request(fields: object) -> Request:
+    request_id, prompt, sampling, samples, emitted, epoch, salt = sized("request", fields, 7)
+    if type(samples) is not list or not samples:
+        raise WireError("sample indices must be a list of at least one")
+    return Request(
+        request_id=text("request id", request_id, MAX_ID_CHARS),
+        prompt=_tokens("prompt", prompt),
+        sampling=_decode_sampling(sampling),
+        sample_indices=tuple(index_below("sample index", value, MAX_SAMPLES) for value in samples),
+        emitted=_tokens("emitted", emitted),
+        epoch=natural("epoch", epoch),
+        cache_salt=text("cache_salt", salt, MAX_SALT_CHARS),
+    )
+
+
+def _decode_peer(fields: object) -> PeerAddress:
+    engine_id, generation, host, port = sized("peer", fields, 4)
+    return PeerAddress(
+        text("peer engine id", engine_id, MAX_ID_CHARS),
+        natural("peer generation", generation),
+        text("peer host", host, MAX_ID_CHARS),
+        index_below("peer port", port, 1 << 16),
+    )
+
+
+def _token_bytes(tokens: Sequence[int]) -> bytes:
+    packed = array("I", tokens)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def _tokens(name: str, value: object) -> tuple[int, ...]:
+    if type(value) is not bytes or len(value) % 4:
+        raise WireError(f"{name} must be bytes of 32-bit token ids")
+    tokens = array("I", value)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return tuple(tokens)
+
+
+def _decode_sampling(fields: object) -> SamplingParams:
+    values = sized("sampling", fields, len(SAMPLING_FIELDS))
+    checked = {name: read(name, value) for (name, read), value in zip(SAMPLING_FIELDS, values, strict=True)}
+    return SamplingParams(**checked)
+
+
+def _integer(name: str, value: object) -> int:
+    if type(value) is not int:
+        raise WireError(f"{name} must be an integer, got {value!r:.40}")
+    return value
+
+
+def _optional_natural(name: str, value: object) -> int | None:
+    return None if value is None else natural(name, value)
+
+
+def _flag(name: str, value: object) -> bool:
+    if type(value) is not bool:
+        raise WireError(f"{name} must be true or false, got {value!r:.40}")
+    return value
+
+
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    if type(value) is not list:
+        raise WireError(f"{name} must be a list of token ids")
+    return tuple(natural(name, item) for item in value)
+
+
+def _biases(name: str, value: object) -> tuple[tuple[int, float], ...]:
+    if type(value) is not list:
+        raise WireError(f"{name} must be a list of pairs")
+    pairs = [sized(name, item, 2) for item in value]
+    return tuple((natural(name, token_id), number(name, bias)) for token_id, bias in pairs)
+
+
+SAMPLING_FIELDS: tuple[tuple[str, Callable[[str, object], Any]], ...] = (
+    ("max_tokens", natural),
+    ("seed", _integer),
+    ("temperature", number),
+    ("top_k", natural),
+    ("top_p", number),
+    ("min_p", number),
+    ("presence_penalty", number),
+    ("frequency_penalty", number),
+    ("repetition_penalty", number),
+    ("logit_bias", _biases),
+    ("logprobs", _optional_natural),
+    ("prompt_logprobs", _optional_natural),
+    ("n", natural),
+    ("min_tokens", natural),
+    ("stop_token_ids", _token_ids),
+    ("ignore_eos", _flag),
+)
