@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from support.oracle import TinyModels, oracle_tokens
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
