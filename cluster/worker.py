@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 
-from kvbaton.cluster.session_types import Leg
+from kvbaton.cluster.session_types import Leg, refused_outputs
 from kvbaton.cluster.tracks import Track, Tracks
 from kvbaton.cluster.worker_types import Abort, Item, StepEngine, Submitted
 from kvbaton.decode_worker.landings import Landings
@@ -280,12 +280,8 @@ class Worker:
             seq.block_table = []
 
     def _report(self, track: Track, error: str) -> None:
-        request = track.request
-        for sample in request.sample_indices:
-            output = TokenOutput(
-                request.request_id, request.epoch, sample, -1, None, finish=FinishReason.ERROR, error=error
-            )
-            self._outputs.setdefault(track.session_id, []).append(output)
+        outputs = self._outputs.setdefault(track.session_id, [])
+        outputs.extend(refused_outputs(track.submit, error))
 
     def _abort(self, abort: Abort) -> None:
         if abort.request_id is None:
