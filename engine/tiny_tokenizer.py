@@ -70,7 +70,7 @@ def save_tokenizer(folder: Path, max_length: int) -> SpecialIds:
         "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    ids = {name: tokenizer.token_to_id(name) for name in (BOS, EOS, IM_END)}
+    ids = tokenizer.get_vocab(with_added_tokens=True)
     return SpecialIds(bos=ids[BOS], eos=ids[EOS], im_end=ids[IM_END])
 
 
