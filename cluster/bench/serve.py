@@ -1,0 +1,182 @@
+"""`kvbaton bench serve`: measures an OpenAI-compatible endpoint under load.
+
+    options -> model, vocabulary -> plan -> warm-up -> run -> summary -> table, JSON, PNG
+
+Exit status: 0 when at least one request completed, 1 when none did, 2 for wrong options or an endpoint that cannot be
+measured, 130 after Ctrl-C (the partial results are printed and written all the same).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import shlex
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import uvloop
+from rich.console import Console
+
+from kvbaton.cluster.bench.client import CompletionClient, Job
+from kvbaton.cluster.bench.connection import ConnectionFailed, HttpClient
+from kvbaton.cluster.bench.load import PlannedRequest, warmup_request
+from kvbaton.cluster.bench.metrics import Summary, summarize
+from kvbaton.cluster.bench.options import BenchOptions, UsageError, parse_options
+from kvbaton.cluster.bench.plan import Plan, make_plan, until
+from kvbaton.cluster.bench.plot import PlotUnavailable, draw, load_pyplot
+from kvbaton.cluster.bench.progress import ProgressBar
+from kvbaton.cluster.bench.prompts import PromptTokens
+from kvbaton.cluster.bench.record import RequestRecord
+from kvbaton.cluster.bench.report import Report, client_cost, print_report, write_json
+from kvbaton.cluster.bench.runner import LoadRun, WallPacer
+from kvbaton.cluster.bench.target import BodyTemplate, Model, TargetError, find_model, find_vocabulary
+from kvbaton.cluster.bench.traces import TraceError
+
+EXIT_OK, EXIT_ALL_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+WARMUP_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run left: its records and what the client itself spent."""
+
+    records: list[RequestRecord]
+    cpu_s: float
+    interrupted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything known before the clock starts."""
+
+    model: Model
+    encode: Callable[[PlannedRequest], bytes]
+    plan: Plan
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark that `argv` (without the program's name) describes; returns the exit status."""
+    console = Console()
+    try:
+        options = parse_options(argv)
+        if options.output.png:
+            load_pyplot()  # a missing matplotlib must not cost a finished run
+        return uvloop.run(_bench(console, options, shlex.join(argv)))
+    except (UsageError, TargetError, TraceError, PlotUnavailable, ConnectionFailed) as error:
+        console.print(f"[red]kvbaton bench serve:[/red] {error}", highlight=False)
+        return EXIT_USAGE
+
+
+async def _bench(console: Console, options: BenchOptions, command: str) -> int:
+    http = HttpClient(options.target.address, options.target.api_key)
+    try:
+        prepared = await _prepare(http, options)
+        await _warm_up(http, options, prepared)
+        started_at = datetime.now(UTC).isoformat(timespec="seconds")
+        outcome = await _measure(console, http, options, prepared)
+    finally:
+        http.close()
+    summary = summarize(outcome.records, options.slo)
+    report = Report(
+        started_at=started_at,
+        command=f"kvbaton bench serve {_without_key(command, options)}",
+        url=f"{options.target.address.host_header}{options.target.address.path}",
+        model=prepared.model.name,
+        interrupted=outcome.interrupted,
+        too_long=prepared.plan.too_long,
+        client=client_cost(outcome.cpu_s, summary),
+        summary=summary,
+    )
+    _publish(console, options, report, outcome.records)
+    return _exit_status(outcome, summary)
+
+
+def _without_key(command: str, options: BenchOptions) -> str:
+    key = options.target.api_key
+    return command.replace(key, "***") if key else command
+
+
+async def _prepare(http: HttpClient, options: BenchOptions) -> Prepared:
+    target = options.target
+    model = await find_model(http, target.model)
+    vocabulary: Sequence[int]
+    if target.vocab_size is not None:
+        vocabulary = range(target.vocab_size)
+    else:
+        vocabulary = await find_vocabulary(http, model.name)
+    tokens = PromptTokens(vocabulary, options.seed)
+    template = BodyTemplate(model.name, target.ignore_eos, target.temperature, target.extra_body)
+
+    def encode(request: PlannedRequest) -> bytes:
+        return template.encode(tokens.tokens(request.segments), request.output_tokens)
+
+    return Prepared(model, encode, make_plan(options, model.max_model_len))
+
+
+async def _warm_up(http: HttpClient, options: BenchOptions, prepared: Prepared) -> None:
+    """Requests whose prompts share nothing with the measured ones; a failure here ends the run before it starts."""
+    client = CompletionClient(http, time.perf_counter, options.target.timeout_s)
+    for index in range(options.warmup):
+        request = warmup_request(index, 8, WARMUP_TOKENS)
+        job = Job(index, prepared.encode(request), time.perf_counter(), WARMUP_TOKENS, 8)
+        record = await client.run(job)
+        if record.failure is not None:
+            raise TargetError(f"the warm-up request failed ({record.failure.kind}): {record.failure.message}")
+
+
+async def _measure(console: Console, http: HttpClient, options: BenchOptions, prepared: Prepared) -> Outcome:
+    """Run the plan under the progress bar; Ctrl-C stops it and keeps what was measured."""
+    plan = prepared.plan
+    show = options.output.progress and console.is_terminal
+    gc.collect()
+    gc.freeze()  # what lives now lives through the run: the collector need not walk it between tokens
+    with ProgressBar(console, plan.total, show) as bar:
+        pacer = WallPacer()
+        client = CompletionClient(http, pacer.now, options.target.timeout_s)
+        run = LoadRun(client, prepared.encode, pacer, bar)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, run.stop)
+        cpu_before_s = time.process_time()
+        try:
+            records = await _drive(run, plan, options, pacer)
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+        return Outcome(records, time.process_time() - cpu_before_s, run.stopped)
+
+
+async def _drive(run: LoadRun, plan: Plan, options: BenchOptions, pacer: WallPacer) -> list[RequestRecord]:
+    wanted = options.arrivals
+    if plan.arrivals is not None:
+        return await run.open_loop(zip(plan.arrivals, plan.requests, strict=False), wanted.max_in_flight)
+    requests = plan.requests
+    if wanted.duration_s is not None:
+        requests = until(requests, pacer.now, wanted.duration_s)
+    return await run.closed_loop(requests, wanted.concurrency or 1)
+
+
+def _publish(console: Console, options: BenchOptions, report: Report, records: Sequence[RequestRecord]) -> None:
+    print_report(console, report)
+    output = options.output
+    if output.json:
+        write_json(output.json, report, records, output.token_times)
+        console.print(f"wrote {output.json}", highlight=False)
+    if output.png:
+        draw(output.png, f"{report.model}, {_title(report.summary)}", records, report.summary)
+        console.print(f"wrote {output.png}", highlight=False)
+
+
+def _title(summary: Summary) -> str:
+    rates = summary.throughput
+    return (
+        f"{summary.completed} requests in {summary.duration_s:.1f} s: "
+        f"{rates.requests_per_s:.2f} requests/s, {rates.output_tokens_per_s:.0f} output tokens/s"
+    )
+
+
+def _exit_status(outcome: Outcome, summary: Summary) -> int:
+    if outcome.interrupted:
+        return EXIT_INTERRUPTED
+    return EXIT_OK if summary.completed else EXIT_ALL_FAILED
