@@ -44,6 +44,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "__weakref__",
         "_hashes",
         "arrival_s",
         "block_table",

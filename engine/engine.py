@@ -1,0 +1,147 @@
+"""An engine: weights and a KV pool on one device. What it computes, and for whom, is decided by its worker.
+
+Engine.load(config)        weights from a folder, then a pool from the memory that is left
+copy_blocks, run           once a step, from one thread, always the same
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from kvbaton.engine.batch import ScheduledRow, StepResult
+from kvbaton.engine.config import ConfigError, EngineConfig
+from kvbaton.engine.kv_cache import KV_LAYOUT_VERSION, KVCache, KVGeometry
+from kvbaton.engine.kv_manager import KVManager
+from kvbaton.engine.memory import num_blocks_for, usable_model_len
+from kvbaton.engine.model_config import ModelConfig
+from kvbaton.engine.model_loader import LoadedModel, load_model
+from kvbaton.engine.runner import Runner
+from kvbaton.kernels.backend import kernels_for
+
+log = logging.getLogger(__name__)
+
+
+def configure_threads(threads: int | None) -> None:
+    """torch's thread count is the process's, so whoever owns the process calls this, before the engine loads."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise ConfigError(f"threads must be at least 1, got {threads}")
+    torch.set_num_threads(threads)
+
+
+class Engine:
+    """The model, the books of its KV blocks (`kv`) and their memory (`cache`)."""
+
+    def __init__(self, config: EngineConfig, model: LoadedModel, device: torch.device) -> None:
+        """Raises `ConfigError` where the settings do not fit the model or the device's memory."""
+        self.config = config
+        self.model_config: ModelConfig = model.config
+        self.geometry = _geometry(model, config.cache.block_size)
+        wanted = _max_model_len(config, model.config)
+        num_blocks = num_blocks_for(config.cache, self.geometry, device)
+        self.max_model_len = usable_model_len(wanted, num_blocks, self.geometry.block_size)
+        self.kv = KVManager(num_blocks, self.geometry.block_size, config.cache.prefix_cache)
+        self.cache = KVCache(self.geometry, num_blocks, device)
+        self._fingerprint = model.fingerprint
+        self._device = device
+        self._kernels = kernels_for(device)
+        self._runner = Runner(model.decoder, self.cache.pool)
+
+    @classmethod
+    def load(cls, config: EngineConfig) -> Engine:
+        """Read the weights and make the pool. Raises `ConfigError` that says which setting or file is at fault."""
+        _check(config)
+        device = _device(config.device)
+        model = load_model(config.model, device, config.dtype, config.max_model_len)
+        return cls(config, model, device)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model_config.vocab_size
+
+    def run(self, rows: list[ScheduledRow]) -> StepResult:
+        """One forward pass over `rows`, and the tokens that they ask for."""
+        return self._runner.run(rows)
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy block contents (source, destination) as if one after the other."""
+        for batch in _independent(pairs):
+            ids = torch.tensor(batch, dtype=torch.int64).to(self._device)  # [pairs, 2]
+            self._kernels.copy_blocks(self.cache.pool, ids[:, 0].contiguous(), ids[:, 1].contiguous())
+
+    def compatibility(self) -> tuple[tuple[str, str], ...]:
+        """What two engines must have in common before one's blocks mean anything to the other: (field, value)."""
+        geometry = self.geometry
+        return (
+            ("model", self._fingerprint),
+            ("dtype", str(geometry.dtype).removeprefix("torch.")),
+            ("num_layers", str(geometry.num_layers)),
+            ("num_kv_heads", str(geometry.num_kv_heads)),
+            ("head_dim", str(geometry.head_dim)),
+            ("block_size", str(geometry.block_size)),
+            ("kv_layout", str(KV_LAYOUT_VERSION)),
+        )
+
+
+def _check(config: EngineConfig) -> None:
+    """What can be refused before any file is read."""
+    cache = config.cache
+    if cache.block_size < 1:
+        raise ConfigError(f"block_size must be at least 1, got {cache.block_size}")
+    if not 0.0 < cache.gpu_memory_fraction <= 1.0:
+        raise ConfigError(f"gpu_memory_fraction must be in (0, 1], got {cache.gpu_memory_fraction}")
+    if config.max_model_len is not None and config.max_model_len < 2:
+        raise ConfigError(f"max_model_len must be at least 2 (a token in, a token out), got {config.max_model_len}")
+
+
+def _geometry(model: LoadedModel, block_size: int) -> KVGeometry:
+    config = model.config
+    return KVGeometry(config.num_layers, config.num_kv_heads, config.head_dim, block_size, model.decoder.dtype)
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    wanted, trained = config.max_model_len, model.max_position_embeddings
+    if wanted is None:
+        return trained
+    if wanted > trained:
+        raise ConfigError(f"max_model_len {wanted} exceeds the model's max_position_embeddings, {trained}")
+    return wanted
+
+
+def _device(name: str) -> torch.device:
+    """A device that exists; on CUDA also the current one of this thread."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device {name!r} is not a device: use cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported: use cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count()
+    index = device.index or 0
+    if index >= count:
+        raise ConfigError(f"device {name!r} does not exist: this process sees {count} CUDA devices")
+    if "expandable_segments:true" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "").lower():
+        log.warning("expandable_segments is on: UCX moves such memory over TCP; unset PYTORCH_CUDA_ALLOC_CONF")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _independent(pairs: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """`pairs` cut, in order, into batches in which no destination is written twice or read."""
+    batches: list[list[tuple[int, int]]] = []
+    sources: set[int] = set()
+    destinations: set[int] = set()
+    for source, destination in pairs:
+        if not batches or source in destinations or destination in sources | destinations:
+            batches.append([])
+            sources, destinations = set(), set()
+        batches[-1].append((source, destination))
+        sources.add(source)
+        destinations.add(destination)
+    return batches

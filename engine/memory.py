@@ -1,0 +1,55 @@
+"""How many KV blocks an engine gets, from a set size or from the memory that is there."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from kvbaton.engine.config import CacheConfig, ConfigError
+from kvbaton.engine.kv_cache import KVGeometry
+
+log = logging.getLogger(__name__)
+
+CPU_DEFAULT_BYTES = 1 << 30
+CPU_SHARE = 0.5  # of the memory that is free now, at most
+MAX_DEFAULT_BLOCKS = 1 << 16  # a tiny model's blocks are so small that more would only cost bookkeeping
+MIN_BLOCKS = 2  # one to hold a sequence's tokens, one to copy to
+
+
+def num_blocks_for(cache: CacheConfig, geometry: KVGeometry, device: torch.device) -> int:
+    """Raises `ConfigError` where the memory is not even enough for two blocks."""
+    if cache.kv_memory_bytes is not None:
+        size = cache.kv_memory_bytes
+    elif device.type == "cuda":
+        size = _cuda_bytes(cache, device)
+    else:
+        size = min(_cpu_bytes(), MAX_DEFAULT_BLOCKS * geometry.block_bytes)
+    count = size // geometry.block_bytes
+    if count < MIN_BLOCKS:
+        raise ConfigError(
+            f"KV memory of {size} bytes is less than {MIN_BLOCKS} blocks of {geometry.block_bytes} bytes "
+            f"({geometry.block_size} tokens each): give more KV memory or a smaller block size"
+        )
+    return count
+
+
+def usable_model_len(max_model_len: int, num_blocks: int, block_size: int) -> int:
+    """`max_model_len`, or the whole pool where that is less: a longer sequence could never run."""
+    room = num_blocks * block_size
+    if room < max_model_len:
+        log.warning("KV pool of %d tokens is smaller than max_model_len %d: using %d", room, max_model_len, room)
+    return min(max_model_len, room)
+
+
+def _cuda_bytes(cache: CacheConfig, device: torch.device) -> int:
+    """Measured when the weights are there already; the rest of the fraction is left for activations."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * cache.gpu_memory_fraction)
+
+
+def _cpu_bytes() -> int:
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(CPU_DEFAULT_BYTES, int(free * CPU_SHARE))

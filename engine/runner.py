@@ -1,0 +1,127 @@
+"""One step on the device: scheduled rows in, sampled tokens out, in the same order.
+
+    rows -> single-token rows first -> ragged batch -> hidden states -> logits of the rows that draw -> tokens
+
+The runner keeps nothing of a sequence but, between two chunks of a prompt whose `prompt_logprobs` are asked for, the
+hidden state of its last computed token: the next chunk's first log-probability comes from it.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from kvbaton.engine.batch import SampledToken, ScheduledRow, StepResult
+from kvbaton.engine.decoder import Decoder
+from kvbaton.engine.logprobs import token_logprobs
+from kvbaton.engine.request import TokenLogprobs
+from kvbaton.engine.sampler import Draw, sample_tokens
+from kvbaton.engine.sequence import Sequence
+from kvbaton.kernels.meta import AttentionMeta, build_attention_meta
+
+LOGPROB_ROWS = 128  # prompt tokens whose logits [LOGPROB_ROWS, vocab] exist at a time
+
+PromptLogprobs = tuple[TokenLogprobs | None, ...]
+
+
+class Runner:
+    """A decoder with its KV pool [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]."""
+
+    def __init__(self, decoder: Decoder, pool: torch.Tensor) -> None:
+        self._decoder = decoder
+        self._pool = pool
+        self._block_size = pool.shape[4]
+        self._tails: WeakKeyDictionary[Sequence, torch.Tensor] = WeakKeyDictionary()  # [hidden] each
+
+    @torch.inference_mode()
+    def run(self, rows: list[ScheduledRow]) -> StepResult:
+        """Compute `rows`, writing their KV. At least one row, each of at least one token."""
+        order = sorted(
+            range(len(rows)), key=lambda i: rows[i].num_tokens != 1
+        )  # stable; kernels want decode rows first
+        ordered = [rows[i] for i in order]
+        meta = self._meta(ordered)
+        hidden = self._decoder.forward(self._token_ids(ordered), self._pool, meta)
+        prompt_logprobs = self._prompt_logprobs(ordered, hidden, meta)
+        sampled = self._sample(ordered, hidden, meta)
+        result = StepResult([()] * len(rows), [None] * len(rows))
+        for place, i in enumerate(order):
+            result.sampled[i] = sampled[place]
+            result.prompt_logprobs[i] = prompt_logprobs[place]
+        return result
+
+    def _meta(self, rows: list[ScheduledRow]) -> AttentionMeta:
+        return build_attention_meta(
+            [row.num_tokens for row in rows],
+            [row.seq.num_computed + row.num_tokens for row in rows],
+            [row.seq.block_table for row in rows],
+            self._block_size,
+            self._decoder.device,
+        )
+
+    def _token_ids(self, rows: list[ScheduledRow]) -> torch.Tensor:  # [num_tokens] int64
+        flat = chain.from_iterable(_row_tokens(row) for row in rows)
+        host = torch.from_numpy(np.fromiter(flat, dtype=np.int64))
+        if self._decoder.device.type == "cuda":
+            return host.pin_memory().to(self._decoder.device, non_blocking=True)
+        return host
+
+    def _sample(
+        self, rows: list[ScheduledRow], hidden: torch.Tensor, meta: AttentionMeta
+    ) -> list[tuple[SampledToken, ...]]:
+        """hidden [num_tokens, hidden]; only the last token of each row that draws becomes logits."""
+        drawing = [i for i, row in enumerate(rows) if row.samples]
+        if not drawing:
+            return [()] * len(rows)
+        logits = self._decoder.logits(_last_rows(hidden, meta, drawing))  # [len(drawing), vocab]
+        draws = [Draw(rows[i].seq, sample, place) for place, i in enumerate(drawing) for sample in rows[i].samples]
+        tokens = iter(sample_tokens(logits, draws))
+        return [tuple(next(tokens) for _ in row.samples) for row in rows]
+
+    def _prompt_logprobs(
+        self, rows: list[ScheduledRow], hidden: torch.Tensor, meta: AttentionMeta
+    ) -> list[PromptLogprobs | None]:
+        results: list[PromptLogprobs | None] = [None] * len(rows)
+        end = 0
+        for i, row in enumerate(rows):
+            start, end = end, end + meta.query_lens[i]
+            if row.seq.sampling.prompt_logprobs is not None and not row.seq.num_outputs:
+                results[i] = self._row_logprobs(row, hidden[start:end])
+        return results
+
+    def _row_logprobs(self, row: ScheduledRow, hidden: torch.Tensor) -> PromptLogprobs:
+        """hidden [row.num_tokens, hidden] predicts the row's tokens from the second on; the first needs the tail."""
+        tail = self._tails.pop(row.seq, None)
+        if not row.samples:
+            self._tails[row.seq] = hidden[-1].clone()
+        tokens = _row_tokens(row)
+        first: PromptLogprobs = ()
+        if tail is None:
+            first, tokens, before = (None,), tokens[1:], hidden[:-1]
+        else:
+            before = torch.cat((tail.unsqueeze(0), hidden[:-1]))
+        top = row.seq.sampling.prompt_logprobs or 0
+        parts = (
+            token_logprobs(self._decoder.logits(before[at : at + LOGPROB_ROWS]), part, [top] * len(part))
+            for at in range(0, len(tokens), LOGPROB_ROWS)
+            if (part := tokens[at : at + LOGPROB_ROWS])
+        )
+        return (*first, *chain.from_iterable(parts))
+
+
+def _row_tokens(row: ScheduledRow) -> list[int]:
+    start = row.seq.num_computed
+    return row.seq.tokens[start : start + row.num_tokens]
+
+
+def _last_rows(hidden: torch.Tensor, meta: AttentionMeta, drawing: list[int]) -> torch.Tensor:
+    """[len(drawing), hidden]: the state of the last token of each row in `drawing`."""
+    if len(drawing) == meta.num_tokens:
+        return hidden  # one token a row, and all of them draw
+    last = meta.cu_seqlens_q[1:].long() - 1  # [num_seqs]
+    if len(drawing) < meta.num_seqs:
+        last = last[drawing]
+    return hidden[last]
