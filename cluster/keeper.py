@@ -59,6 +59,10 @@ class EngineFactory(Protocol):
         """Returns when the engine is ready. Raises `EngineFailed`; cancelled, it leaves nothing behind."""
         ...
 
+    async def existing(self) -> list[RunningEngine]:
+        """Engines that an earlier manager started and that are still up."""
+        ...
+
 
 class Clock(Protocol):
     """Time, so that tests can move it by hand."""
@@ -110,15 +114,16 @@ class EngineView:
 class EngineKeeper:
     """One engine id through all its incarnations. `run` is its life; `stop` ends it."""
 
-    def __init__(self, engine_id: str, role: Role, tools: KeeperTools) -> None:
+    def __init__(self, engine_id: str, role: Role, tools: KeeperTools, adopted: RunningEngine | None = None) -> None:
+        """With `adopted` the engine is up already, and only its replacements are started."""
         self.engine_id = engine_id
         self.role = role
         self._tools = tools
-        self._state = EngineState.STARTING
+        self._state = EngineState.STARTING if adopted is None else EngineState.READY
         self._reason = ""
-        self._generation = 0
+        self._generation = 0 if adopted is None else adopted.info.generation
         self._failures = 0
-        self._engine: RunningEngine | None = None
+        self._engine = adopted
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -159,7 +164,7 @@ class EngineKeeper:
 
     async def _run(self) -> None:
         while True:
-            up_since = await self._start_one()
+            up_since = self._tools.clock.now() if self._engine is not None else await self._start_one()
             if self._engine is not None:
                 reason = await self._engine.died()
                 self._engine = None

@@ -90,10 +90,18 @@ class PoolManager:
         return self.view()
 
     async def _run(self) -> None:
+        await self._adopt()
         async for pools in self._state.desired():
             self._desired = pools
             self._on_change()
             await self._apply(plan_pools(self._slots(), pools))
+
+    async def _adopt(self) -> None:
+        """Take over the engines of a manager that died: they served on without it."""
+        for engine in await self._tools.factory.existing():
+            engine_id, role = engine.info.engine_id, engine.info.role
+            self._keepers[engine_id] = EngineKeeper(engine_id, role, self._tools, adopted=engine)
+            self._keepers[engine_id].start()
 
     def _slots(self) -> list[Slot]:
         return [Slot(keeper.engine_id, keeper.role, keeper.ready) for keeper in self._keepers.values()]

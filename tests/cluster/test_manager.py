@@ -204,6 +204,23 @@ async def test_watchers_see_each_change(bench: Bench) -> None:
     assert versions == sorted(set(versions))
 
 
+async def test_a_new_manager_takes_over_the_engines_of_a_dead_one() -> None:
+    """Guards a restarted manager: engines that served on must be neither started twice nor forgotten."""
+    bench = Bench()
+    for role, engine_id in ((Role.PREFILL, "engine-0"), (Role.DECODE, "engine-3"), (Role.DECODE, "engine-4")):
+        await bench.factory.start(EngineSpec(engine_id, 5, role))
+    bench.factory.book.clear()
+    bench.state.base = 5
+    bench.manager.start()
+    await bench.want(1, 1)
+    assert bench.factory.book == ["stop engine-4/5"]
+    assert bench.view("engine-3") == (5, Role.DECODE, EngineState.READY)
+    bench.factory.engines["engine-3"].die("later")
+    await settle()
+    assert bench.factory.book[1:] == ["die engine-3/5", "start engine-3/6 decode"]
+    await bench.manager.stop()
+
+
 async def test_stop_ends_a_start_in_progress_and_a_back_off() -> None:
     bench = Bench()
     bench.factory.fail = lambda spec: "no" if spec.engine_id == "engine-0" else None

@@ -109,6 +109,9 @@ class ScriptedFactory:
         self.fail: Callable[[EngineSpec], str | None] = lambda spec: None
         self.hold: asyncio.Event | None = None
 
+    async def existing(self) -> list[ScriptedEngine]:
+        return list(self.engines.values())
+
     async def start(self, spec: EngineSpec) -> ScriptedEngine:
         self.book.append(f"start {spec.engine_id}/{spec.generation} {spec.role}")
         try:
