@@ -189,7 +189,7 @@ def _copy_file(path: Path, targets: list[Slot]) -> None:
             slot.target.copy_(handle.get_tensor(slot.name))
 
 
-def save_weights(folder: Path, config: ModelConfig, weights: DecoderWeights) -> None:
-    """Write model.safetensors under the names that hub checkpoints use."""
-    tensors = {slot.name: slot.target.cpu().clone() for slot in slots(config, weights)}
+def save_weights(folder: Path, config: ModelConfig, weights: DecoderWeights, dtype: torch.dtype) -> None:
+    """Write model.safetensors in `dtype`, under the names that hub checkpoints use."""
+    tensors = {slot.name: slot.target.to("cpu", dtype, copy=True) for slot in slots(config, weights)}
     save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
