@@ -18,9 +18,9 @@ from kvbaton.cluster.session_connection import FramedConnection, SessionLimits
 from kvbaton.cluster.session_fields import WireError
 from kvbaton.cluster.session_handshake import EngineHandshake, HandshakeRefused
 from kvbaton.cluster.session_requests import decode_abort, decode_submit
-from kvbaton.cluster.session_types import SessionHandler, Submit
+from kvbaton.cluster.session_types import SessionHandler, Submit, refused_outputs
 from kvbaton.cluster.session_wire import ABORT, BEAT, REFUSED, SUBMIT, WELCOME, Encoder, load_fields, unpack
-from kvbaton.engine.request import FinishReason, TokenOutput
+from kvbaton.engine.request import TokenOutput
 from kvbaton.router.engine_info import EngineLoad
 
 log = logging.getLogger(__name__)
@@ -169,13 +169,3 @@ class _Session:
             log.exception("request %s: the engine failed to take it", submit.request.request_id)
             message = f"{type(error).__name__}: {error}"
             self._server.publish(self.session_id, refused_outputs(submit, message), self._server.load)
-
-
-def refused_outputs(submit: Submit, message: str) -> list[TokenOutput]:
-    """The outputs that end every sample of a request that never started."""
-    request = submit.request
-    index = len(request.emitted)
-    return [
-        TokenOutput(request.request_id, request.epoch, sample, index, None, finish=FinishReason.ERROR, error=message)
-        for sample in request.sample_indices
-    ]
