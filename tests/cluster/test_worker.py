@@ -4,87 +4,36 @@ from __future__ import annotations
 
 import pytest
 
-from kvbaton.cluster.session_types import Leg, Submit
-from kvbaton.cluster.worker import FINISHED_ON_PREFILL, Worker
-from kvbaton.cluster.worker_types import Abort, Submitted
+from kvbaton.cluster.session_types import Leg
+from kvbaton.cluster.worker import FINISHED_ON_PREFILL
+from kvbaton.cluster.worker_types import Abort
 from kvbaton.engine.config import BatchConfig
 from kvbaton.engine.first_tokens import decode_first_tokens, encode_first_tokens
-from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenOutput
-from kvbaton.kvtransfer.messages import Failed, HandoffKey, Landed, Landing, Offer, Offered, PeerAddress, Released
+from kvbaton.engine.request import FinishReason, Request, SamplingParams
+from kvbaton.kvtransfer.messages import Failed, HandoffKey, Landed, Landing, Offer, Offered, Released
 from kvbaton.prefill_worker.outgoing import OutgoingState
-from support.recording_agent import RecordingAgent
 from support.toy_engine import ToyEngine, expected_tokens
-
-SESSION = 7
-PEER = PeerAddress("d0", 1, "127.0.0.1", 1)
+from support.worker_bench import PEER, SESSION, WorkerBench, prompt_of, request
 
 
-def prompt_of(length: int, start: int = 1) -> tuple[int, ...]:
-    return tuple((start * 31 + i * 7) % 997 for i in range(length))
+def toy_bench(num_blocks: int = 64, limits: BatchConfig | None = None) -> ToyBench:
+    return ToyBench(ToyEngine(num_blocks), limits or BatchConfig(max_tokens_per_step=64))
 
 
-def request(name: str, prompt: tuple[int, ...], max_tokens: int = 8, **kwargs: object) -> Request:
-    n = kwargs.pop("n", 1)
-    emitted = kwargs.pop("emitted", ())
-    sampling = SamplingParams(max_tokens=max_tokens, n=n, **kwargs)  # type: ignore[arg-type]
-    return Request(name, prompt, sampling, sample_indices=tuple(range(n)), emitted=emitted)  # type: ignore[call-overload]
-
-
-class Bench:
-    """One worker, driven by hand, collecting what it publishes."""
-
-    def __init__(self, num_blocks: int = 64, limits: BatchConfig | None = None) -> None:
-        self.engine = ToyEngine(num_blocks)
-        self.agent = RecordingAgent()
-        self.worker = Worker(self.engine, self.agent, limits or BatchConfig(max_tokens_per_step=64))
-        self.outputs: list[TokenOutput] = []
-        self.now = 0.0
-
-    def submit(self, req: Request, leg: Leg = Leg.LOCAL) -> None:
-        self.worker.handle(Submitted(SESSION, Submit(req, leg, None if leg is Leg.LOCAL else PEER)), self.now)
-
-    def step(self) -> bool:
-        self.now += 0.01
-        ran = self.worker.step(self.now)
-        self.collect()
-        return ran
-
-    def collect(self) -> None:
-        for outputs in self.worker.take_outputs().values():
-            self.outputs.extend(outputs)
-
-    def run(self, limit: int = 2000) -> None:
-        while self.step():
-            limit -= 1
-            assert limit > 0, "the worker never becomes idle"
-
-    def tokens(self, name: str, sample: int = 0) -> list[int | None]:
-        mine = [o for o in self.outputs if o.request_id == name and o.sample == sample]
-        assert [o.index for o in mine] == list(range(mine[0].index, mine[0].index + len(mine)))
-        return [o.token_id for o in mine]
-
-    def finish(self, name: str, sample: int = 0) -> FinishReason | None:
-        return [o for o in self.outputs if o.request_id == name and o.sample == sample][-1].finish
-
-    def assert_clean(self) -> None:
-        """Nothing is held once every request has ended."""
-        self.engine.kv.check()
-        assert self.engine.kv.counts().held == 0
-        assert len(self.worker.tracks) == 0
-        assert len(self.worker.outgoing) == 0
-        assert len(self.worker.landings) == 0
+class ToyBench(WorkerBench):
+    engine: ToyEngine
 
 
 @pytest.fixture
-def bench() -> Bench:
-    return Bench()
+def bench() -> ToyBench:
+    return toy_bench()
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 17, 50])
 @pytest.mark.parametrize("chunk", [3, 4, 512])
 def test_local_request_gets_its_exact_tokens(length: int, chunk: int) -> None:
     """Guards chunk arithmetic at block boundaries."""
-    bench = Bench(limits=BatchConfig(max_tokens_per_step=64, prefill_chunk_tokens=chunk))
+    bench = toy_bench(limits=BatchConfig(max_tokens_per_step=64, prefill_chunk_tokens=chunk))
     bench.submit(request("a", prompt_of(length)))
     bench.run()
     assert bench.tokens("a") == expected_tokens(prompt_of(length), 8)
@@ -92,7 +41,7 @@ def test_local_request_gets_its_exact_tokens(length: int, chunk: int) -> None:
     bench.assert_clean()
 
 
-def test_many_requests_share_steps_and_stay_exact(bench: Bench) -> None:
+def test_many_requests_share_steps_and_stay_exact(bench: ToyBench) -> None:
     """Guards mixing rows up: prefill chunks and decode rows of different requests in one forward pass."""
     for i in range(6):
         bench.submit(request(f"r{i}", prompt_of(5 + 3 * i, i), max_tokens=4 + i))
@@ -106,7 +55,7 @@ def test_many_requests_share_steps_and_stay_exact(bench: Bench) -> None:
 
 def test_token_budget_bounds_every_step() -> None:
     """Guards a step that runs more tokens than it may, which would stall running streams."""
-    bench = Bench(limits=BatchConfig(max_tokens_per_step=16, prefill_chunk_tokens=6))
+    bench = toy_bench(limits=BatchConfig(max_tokens_per_step=16, prefill_chunk_tokens=6))
     bench.submit(request("first", prompt_of(4), max_tokens=30))
     bench.step()
     bench.submit(request("long", prompt_of(60, 2)))
@@ -116,7 +65,7 @@ def test_token_budget_bounds_every_step() -> None:
     assert all(sum(tokens for _, tokens in rows) <= 7 for rows in mixed)
 
 
-def test_samples_share_the_prompt_and_diverge_by_copy(bench: Bench) -> None:
+def test_samples_share_the_prompt_and_diverge_by_copy(bench: ToyBench) -> None:
     """Guards copy-on-write: four samples write different tokens behind the same partial block."""
     bench.submit(request("n", prompt_of(10), max_tokens=9, n=4))
     bench.step()
@@ -128,7 +77,7 @@ def test_samples_share_the_prompt_and_diverge_by_copy(bench: Bench) -> None:
     bench.assert_clean()
 
 
-def test_second_request_reuses_the_cached_prefix(bench: Bench) -> None:
+def test_second_request_reuses_the_cached_prefix(bench: ToyBench) -> None:
     """Guards cached_tokens and the rule that at least one prompt token is computed."""
     bench.submit(request("a", prompt_of(16)))
     bench.run()
@@ -144,7 +93,7 @@ def test_second_request_reuses_the_cached_prefix(bench: Bench) -> None:
 
 def test_tiny_pool_preempts_the_youngest_and_stays_exact() -> None:
     """Guards deadlock and lost state when the pool cannot hold every running sequence."""
-    bench = Bench(num_blocks=14)
+    bench = toy_bench(num_blocks=14)
     for i in range(5):
         bench.submit(request(f"r{i}", prompt_of(6, i), max_tokens=24))
         bench.step()
@@ -157,7 +106,7 @@ def test_tiny_pool_preempts_the_youngest_and_stays_exact() -> None:
 
 def test_preemption_takes_the_youngest_first() -> None:
     """Guards the order: the oldest stream must be the last to give way."""
-    bench = Bench(num_blocks=6)
+    bench = toy_bench(num_blocks=6)
     for name in ("old", "young"):
         bench.submit(request(name, prompt_of(8, len(name)), max_tokens=20))
         bench.step()
@@ -169,7 +118,7 @@ def test_preemption_takes_the_youngest_first() -> None:
 
 def test_sequence_that_fills_the_whole_pool_ends_with_length() -> None:
     """Guards a request that could be preempted but never computed again."""
-    bench = Bench(num_blocks=4)
+    bench = toy_bench(num_blocks=4)
     bench.submit(request("big", prompt_of(10), max_tokens=500))
     bench.run()
     assert bench.tokens("big") == expected_tokens(prompt_of(10), 6)
@@ -177,7 +126,7 @@ def test_sequence_that_fills_the_whole_pool_ends_with_length() -> None:
     bench.assert_clean()
 
 
-def test_resumed_sample_continues_where_it_was(bench: Bench) -> None:
+def test_resumed_sample_continues_where_it_was(bench: ToyBench) -> None:
     """Guards numbering and tokens of a resume: emitted tokens count and are not sent again."""
     whole = expected_tokens(prompt_of(9), 12, sample=2)
     req = Request("r", prompt_of(9), SamplingParams(max_tokens=12), (2,), tuple(whole[:5]), epoch=1)
@@ -188,7 +137,7 @@ def test_resumed_sample_continues_where_it_was(bench: Bench) -> None:
     bench.assert_clean()
 
 
-def test_stop_id_ends_a_sample_but_not_before_min_tokens(bench: Bench) -> None:
+def test_stop_id_ends_a_sample_but_not_before_min_tokens(bench: ToyBench) -> None:
     whole = expected_tokens(prompt_of(5), 8)
     stop = (whole[1], whole[4])
     bench.submit(request("s", prompt_of(5), stop_token_ids=stop, min_tokens=3))
@@ -197,7 +146,7 @@ def test_stop_id_ends_a_sample_but_not_before_min_tokens(bench: Bench) -> None:
     assert bench.finish("s") is FinishReason.STOP
 
 
-def test_prompt_that_cannot_fit_is_refused_by_name(bench: Bench) -> None:
+def test_prompt_that_cannot_fit_is_refused_by_name(bench: ToyBench) -> None:
     bench.submit(request("big", prompt_of(64 * 4)))
     bench.submit(request("alien", (5, 2000)))
     bench.collect()
@@ -212,7 +161,7 @@ def test_prompt_that_cannot_fit_is_refused_by_name(bench: Bench) -> None:
 
 def test_short_prompt_overtakes_a_long_one() -> None:
     """Guards head-of-line blocking in the prefill queue."""
-    bench = Bench(limits=BatchConfig(max_tokens_per_step=8, prefill_chunk_tokens=8))
+    bench = toy_bench(limits=BatchConfig(max_tokens_per_step=8, prefill_chunk_tokens=8))
     bench.submit(request("long", prompt_of(100), max_tokens=1))
     bench.step()
     bench.submit(request("short", prompt_of(4, 3), max_tokens=1))
@@ -223,7 +172,7 @@ def test_short_prompt_overtakes_a_long_one() -> None:
 
 class TestPrefillLeg:
     def test_first_token_goes_out_and_blocks_follow_in_order(self) -> None:
-        bench = Bench(limits=BatchConfig(max_tokens_per_step=8, prefill_chunk_tokens=8))
+        bench = toy_bench(limits=BatchConfig(max_tokens_per_step=8, prefill_chunk_tokens=8))
         bench.submit(request("p", prompt_of(18)), Leg.PREFILL)
         bench.run()
         assert bench.tokens("p") == expected_tokens(prompt_of(18), 1)
@@ -238,7 +187,7 @@ class TestPrefillLeg:
         bench.assert_clean()
         assert bench.engine.kv.counts().cached == 4, "full blocks stay as reusable prefix"
 
-    def test_request_that_ends_with_its_first_token_transfers_nothing_more(self, bench: Bench) -> None:
+    def test_request_that_ends_with_its_first_token_transfers_nothing_more(self, bench: ToyBench) -> None:
         bench.submit(request("p", prompt_of(6), max_tokens=1), Leg.PREFILL)
         bench.run()
         assert bench.finish("p") is FinishReason.LENGTH
@@ -249,7 +198,7 @@ class TestPrefillLeg:
     @pytest.mark.parametrize("steps", [0, 1, 2, 5])
     def test_abort_in_every_state_gives_all_back_after_release(self, steps: int) -> None:
         """0 queued, 1 and 2 computing, 5 sent; blocks stay until the transport is done with them."""
-        bench = Bench(limits=BatchConfig(max_tokens_per_step=8, prefill_chunk_tokens=8))
+        bench = toy_bench(limits=BatchConfig(max_tokens_per_step=8, prefill_chunk_tokens=8))
         bench.submit(request("p", prompt_of(18)), Leg.PREFILL)
         for _ in range(steps):
             bench.step()
@@ -266,7 +215,7 @@ class TestPrefillLeg:
         bench.assert_clean()
 
     def test_failure_is_told_to_the_ingress_and_stops_the_computation(self) -> None:
-        bench = Bench(limits=BatchConfig(max_tokens_per_step=8, prefill_chunk_tokens=8))
+        bench = toy_bench(limits=BatchConfig(max_tokens_per_step=8, prefill_chunk_tokens=8))
         bench.submit(request("p", prompt_of(18)), Leg.PREFILL)
         bench.step()
         key = HandoffKey("p", 0)
@@ -280,7 +229,7 @@ class TestPrefillLeg:
 
 
 class TestDecodeLeg:
-    def land(self, bench: Bench, req: Request, order: str) -> Landing:
+    def land(self, bench: ToyBench, req: Request, order: str) -> Landing:
         """Bring a request to the granted state, SUBMIT first or OFFER first, and write its KV."""
         key = HandoffKey(req.request_id, req.epoch)
         blocks = -(-len(req.context) // 4)
@@ -299,7 +248,7 @@ class TestDecodeLeg:
         return landing
 
     @pytest.mark.parametrize("order", ["so", "os"])
-    def test_landed_request_decodes_from_the_second_token(self, bench: Bench, order: str) -> None:
+    def test_landed_request_decodes_from_the_second_token(self, bench: ToyBench, order: str) -> None:
         req = request("d", prompt_of(10))
         whole = expected_tokens(req.prompt, 8)
         landing = self.land(bench, req, order)
@@ -311,13 +260,13 @@ class TestDecodeLeg:
         assert bench.outputs[0].index == 1
         bench.assert_clean()
 
-    def test_cached_prefix_does_not_travel(self, bench: Bench) -> None:
+    def test_cached_prefix_does_not_travel(self, bench: ToyBench) -> None:
         bench.submit(request("a", prompt_of(16)))
         bench.run()
         landing = self.land(bench, request("d", prompt_of(16)), "so")
         assert (landing.first_block, landing.block_ids) == (4, ()), "all four blocks are here already"
 
-    def test_samples_fork_from_one_landing(self, bench: Bench) -> None:
+    def test_samples_fork_from_one_landing(self, bench: ToyBench) -> None:
         req = request("n", prompt_of(10), n=3)
         self.land(bench, req, "so")
         first = {s: expected_tokens(req.prompt, 1, sample=s)[0] for s in range(3)}
@@ -329,7 +278,7 @@ class TestDecodeLeg:
         assert not [o for o in bench.outputs if o.sample == 1], "aborted while its KV travelled"
         bench.assert_clean()
 
-    def test_no_memory_is_held_before_the_offer(self, bench: Bench) -> None:
+    def test_no_memory_is_held_before_the_offer(self, bench: ToyBench) -> None:
         bench.submit(request("d", prompt_of(40)), Leg.DECODE)
         bench.run()
         assert bench.engine.kv.counts().held == 0
@@ -338,7 +287,7 @@ class TestDecodeLeg:
         assert bench.agent.calls == []
 
     def test_offer_waits_for_room_and_is_granted_when_there_is_some(self) -> None:
-        bench = Bench(num_blocks=8)
+        bench = toy_bench(num_blocks=8)
         bench.submit(request("busy", prompt_of(20), max_tokens=6))
         bench.step()
         req = request("d", prompt_of(12, 2))
@@ -349,12 +298,12 @@ class TestDecodeLeg:
         bench.run()
         assert bench.agent.names() == ["grant"]
 
-    def test_offer_that_does_not_match_the_submit_is_refused(self, bench: Bench) -> None:
+    def test_offer_that_does_not_match_the_submit_is_refused(self, bench: ToyBench) -> None:
         bench.submit(request("d", prompt_of(12)), Leg.DECODE)
         bench.worker.handle(Offered(Offer(HandoffKey("d", 0), 13, 4), PEER), bench.now)
         assert bench.agent.calls == [("cancel", "offer of 13 tokens in 4 blocks, expected 12 in 3")]
 
-    def test_offer_without_a_submit_expires(self, bench: Bench) -> None:
+    def test_offer_without_a_submit_expires(self, bench: ToyBench) -> None:
         bench.worker.handle(Offered(Offer(HandoffKey("x", 0), 12, 3), PEER), bench.now)
         bench.now += 11
         bench.step()
@@ -364,7 +313,7 @@ class TestDecodeLeg:
 
     @pytest.mark.parametrize("state", ["expected", "waiting", "granted", "running", "preempted"])
     def test_abort_in_every_state(self, state: str) -> None:
-        bench = Bench(num_blocks=12)
+        bench = toy_bench(num_blocks=12)
         req = request("d", prompt_of(10), max_tokens=40)
         key = HandoffKey("d", 0)
         if state == "expected":
@@ -386,7 +335,7 @@ class TestDecodeLeg:
         bench.run()
         bench.assert_clean()
 
-    def test_lost_session_ends_all_of_its_requests(self, bench: Bench) -> None:
+    def test_lost_session_ends_all_of_its_requests(self, bench: ToyBench) -> None:
         for i in range(3):
             bench.submit(request(f"r{i}", prompt_of(9, i), max_tokens=100))
         bench.step()
