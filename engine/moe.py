@@ -26,13 +26,11 @@ def route(hidden: torch.Tensor, router: torch.Tensor, moe: MoeConfig) -> tuple[t
 def run_experts(hidden: torch.Tensor, layer: MoeWeights, moe: MoeConfig, kernels: Kernels) -> torch.Tensor:
     """hidden [num_tokens, hidden] -> same shape."""
     weights, experts = route(hidden, layer.router, moe)
-    order = experts.flatten().argsort(stable=True)  # [num_tokens * top_k] pairs (token, rank), grouped by expert
-    counts = torch.bincount(experts.flatten(), minlength=moe.num_experts)
-    grouped = hidden[order // moe.top_k]
-    if runs_without_host_sync(layer.gate_up):
-        out = _one_launch(grouped, counts, layer, kernels)
-    else:
-        out = _expert_by_expert(grouped, counts.tolist(), layer, kernels)
+    by_expert, order = experts.flatten().sort(stable=True)  # [num_tokens * top_k] pairs (token, rank)
+    all_experts = torch.arange(moe.num_experts, device=hidden.device)
+    ends = torch.searchsorted(by_expert, all_experts, right=True, out_int32=True)  # [num_experts]
+    run = grouped_product if runs_without_host_sync(layer.gate_up) else product_per_expert
+    out = run(hidden[order // moe.top_k], ends, layer, kernels)
     in_order = torch.empty_like(out).index_copy_(0, order, out).view(*experts.shape, -1)
     return (in_order * weights.unsqueeze(-1)).sum(1).to(hidden.dtype)
 
@@ -51,25 +49,23 @@ def runs_without_host_sync(weight: torch.Tensor) -> bool:
     )
 
 
-def _expert_by_expert(
-    grouped: torch.Tensor, counts: list[int], layer: MoeWeights, kernels: Kernels
+def product_per_expert(
+    grouped: torch.Tensor, ends: torch.Tensor, layer: MoeWeights, kernels: Kernels
 ) -> torch.Tensor:  # [num_tokens * top_k, hidden]
-    """Touches only the weights of experts that have tokens."""
+    """Rows up to ends[e] belong to experts 0..e. Touches only the weights of experts that have rows."""
     out = torch.empty_like(grouped)
     start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            rows = slice(start, start + count)
-            inner = kernels.silu_mul(F.linear(grouped[rows], layer.gate_up[expert]))
-            torch.mm(inner, layer.down[expert].T, out=out[rows])
-            start += count
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            inner = kernels.silu_mul(F.linear(grouped[start:end], layer.gate_up[expert]))
+            torch.mm(inner, layer.down[expert].T, out=out[start:end])
+            start = end
     return out
 
 
-def _one_launch(
-    grouped: torch.Tensor, counts: torch.Tensor, layer: MoeWeights, kernels: Kernels
+def grouped_product(
+    grouped: torch.Tensor, ends: torch.Tensor, layer: MoeWeights, kernels: Kernels
 ) -> torch.Tensor:  # [num_tokens * top_k, hidden]
-    """Two grouped products whose group ends stay on the device."""
-    ends = counts.cumsum(0).to(torch.int32)  # [num_experts]
+    """The same as two grouped products; the ends stay on the device."""
     gate_up = F.grouped_mm(grouped, layer.gate_up.transpose(1, 2), offs=ends)
     return F.grouped_mm(kernels.silu_mul(gate_up), layer.down.transpose(1, 2), offs=ends)

@@ -7,7 +7,6 @@ importing this module costs nothing. Encoding and decoding then go straight to t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,7 +137,6 @@ class Tokenizer:
 
 
 def _read(folder: Path) -> Any:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoTokenizer
 
     try:

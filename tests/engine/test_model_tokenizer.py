@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -198,6 +199,26 @@ def test_broken_bytes_are_not_held_for_ever(sentencepiece_like: Tokenizer) -> No
     parts = _stream(sentencepiece_like, [stray] * 40)
     assert sum(len(part) for part in parts) == 40
     assert max(len(part) for part in parts) <= 4
+
+
+OFFLINE = """
+import socket, sys
+from pathlib import Path
+calls = []
+socket.getaddrinfo = lambda *a, **k: calls.append(a) or []
+socket.socket.connect = lambda *a, **k: calls.append(a)
+from kvbaton.engine.tokenizer import Tokenizer
+print(len(Tokenizer.load(Path(sys.argv[1])).encode("the sea")), calls)
+"""
+
+
+def test_loading_asks_no_network(tiny_model: TinyModels) -> None:
+    """Guards machines without internet: transformers looks some model types up on the hub when it may."""
+    environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
+    command = [sys.executable, "-c", OFFLINE, str(tiny_model("mistral"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    length = len(Tokenizer.load(tiny_model("mistral")).encode("the sea"))
+    assert done.stdout.split(maxsplit=1) == [str(length), "[]\n"]
 
 
 def test_importing_the_module_is_free_of_torch_and_transformers() -> None:
