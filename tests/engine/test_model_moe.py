@@ -20,7 +20,7 @@ MOE = MoeConfig(EXPERTS, 2, INNER, True, frozenset({0}))
 def _layer(dtype: torch.dtype = torch.float32) -> MoeWeights:
     generator = torch.Generator().manual_seed(0)
     return MoeWeights(
-        router=torch.randn(EXPERTS, HIDDEN, generator=generator).to(dtype),
+        router=(torch.randn(EXPERTS, HIDDEN, generator=generator) / HIDDEN**0.5).to(dtype),
         gate_up=(torch.randn(EXPERTS, 2 * INNER, HIDDEN, generator=generator) / HIDDEN**0.5).to(dtype),
         down=(torch.randn(EXPERTS, HIDDEN, INNER, generator=generator) / INNER**0.5).to(dtype),
     )
