@@ -1,8 +1,8 @@
-"""What the load generator itself costs: CPU per streamed token of `kvbaton bench serve` against a server that only writes.
+"""What the load generator costs: CPU per streamed token of `kvbaton bench serve` against a server that only writes.
 
     python benchmarks/bench_client.py --streams 32 --tokens 2000 --rate 50
 
-A child process answers every stream with one token each `1 / rate` seconds, so nothing but the client is measured. Prints
+A child process answers every stream with one token each `1 / rate` seconds, so only the client is measured. Prints
 one JSON object. The lateness of tokens on the client's side is the gap's deviation from the server's period.
 """
 

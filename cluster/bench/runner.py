@@ -67,6 +67,7 @@ class LoadRun:
         self._observer = observer
         self._tasks: set[asyncio.Task[None]] = set()
         self._dispatcher: asyncio.Task[None] | None = None
+        self._error: BaseException | None = None
         self._stopped = False
         self.records: list[RequestRecord] = []
 
@@ -94,11 +95,12 @@ class LoadRun:
 
     async def _drive(self, dispatch: Coroutine[Any, Any, None]) -> list[RequestRecord]:
         self._dispatcher = asyncio.ensure_future(dispatch)
+        self._dispatcher.add_done_callback(self._ended)
         await asyncio.wait([self._dispatcher])
         if self._tasks:
             await asyncio.wait(self._tasks)
-        if not self._dispatcher.cancelled():
-            self._dispatcher.result()
+        if self._error is not None:
+            raise self._error
         return sorted(self.records, key=lambda record: record.index)
 
     async def _dispatch(self, plan: Iterable[tuple[float, PlannedRequest]], slots: asyncio.Semaphore | None) -> None:
@@ -123,7 +125,14 @@ class LoadRun:
     def _launch(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and self._error is None:
+            self._error = error  # a fault of this program, not of the server: end the run and raise it there
+            self.stop()
 
     async def _one(
         self, request: PlannedRequest, body: bytes, scheduled_s: float, slots: asyncio.Semaphore | None

@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
             load_pyplot()  # a missing matplotlib must not cost a finished run
         return uvloop.run(_bench(console, options, shlex.join(argv)))
     except (UsageError, TargetError, TraceError, PlotUnavailable, ConnectionFailed) as error:
-        console.print(f"[red]kvbaton bench serve:[/red] {error}", highlight=False)
+        console.print(f"[red]kvbaton bench serve:[/red] {error}", highlight=False, soft_wrap=True)
         return EXIT_USAGE
 
 
@@ -162,10 +162,10 @@ def _publish(console: Console, options: BenchOptions, report: Report, records: S
     output = options.output
     if output.json:
         write_json(output.json, report, records, output.token_times)
-        console.print(f"wrote {output.json}", highlight=False)
+        console.print(f"wrote {output.json}", highlight=False, soft_wrap=True)
     if output.png:
         draw(output.png, f"{report.model}, {_title(report.summary)}", records, report.summary)
-        console.print(f"wrote {output.png}", highlight=False)
+        console.print(f"wrote {output.png}", highlight=False, soft_wrap=True)
 
 
 def _title(summary: Summary) -> str:

@@ -12,6 +12,7 @@ async with ScriptedServer(script) as server:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -24,9 +25,12 @@ Script = Callable[["Reply"], Awaitable[None]]
 class Reply:
     """One completion request and the reply that the script writes to it."""
 
-    def __init__(self, body: dict[str, Any], number: int, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, body: dict[str, Any], number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self.body = body
         self.number = number  # 0 for the first completion that the server was asked for
+        self._reader = reader
         self._writer = writer
 
     @property
@@ -70,6 +74,15 @@ class Reply:
     def error(self, status: int, message: str) -> None:
         body = orjson.dumps({"error": {"message": message, "type": "scripted", "param": None, "code": None}})
         self._writer.write(f"HTTP/1.1 {status} Scripted\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+
+    def wire(self, data: bytes) -> None:
+        """Bytes straight on to the connection, HTTP or not."""
+        self._writer.write(data)
+
+    async def gone(self) -> None:
+        """Wait until the client has closed the connection."""
+        with contextlib.suppress(ConnectionError):
+            await self._reader.read()
 
     def drop(self) -> None:
         """Cut the connection."""
@@ -121,7 +134,7 @@ class ScriptedServer:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
                 length = next((int(x[15:]) for x in head.split("\r\n") if x.lower().startswith("content-length:")), 0)
                 body = await reader.readexactly(length)
-                await self._route(head.split(" ", 2)[1], body, writer)
+                await self._route(head.split(" ", 2)[1], body, reader, writer)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             pass  # the client went away, which is its right
@@ -129,9 +142,9 @@ class ScriptedServer:
             writer.close()
             self._handlers.discard(task)
 
-    async def _route(self, path: str, body: bytes, writer: asyncio.StreamWriter) -> None:
+    async def _route(self, path: str, body: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if path == "/v1/completions":
-            reply = Reply(orjson.loads(body), len(self.bodies), writer)
+            reply = Reply(orjson.loads(body), len(self.bodies), reader, writer)
             self.bodies.append(reply.body)
             await self._script(reply)
         elif path == "/v1/models":
@@ -139,7 +152,7 @@ class ScriptedServer:
         elif path == "/tokenize" and self._tokenize:
             _json(writer, {"tokens": list(range(10, 60)), "count": 50})
         else:
-            Reply({}, 0, writer).error(404, f"no {path}")
+            Reply({}, 0, reader, writer).error(404, f"no {path}")
 
 
 def _json(writer: asyncio.StreamWriter, value: dict[str, Any]) -> None:
