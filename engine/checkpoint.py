@@ -61,6 +61,10 @@ class Checkpoint:
         return cls(folder, tuple(tensors))
 
     @property
+    def num_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+    @property
     def names(self) -> frozenset[str]:
         return frozenset(tensor.name for tensor in self.tensors)
 
@@ -101,10 +105,11 @@ def load_weights(
 
 
 def _files(folder: Path) -> list[Path]:
-    if (folder / INDEX_FILE).exists():
-        return _sharded_files(folder)
+    """The single file where there is one, as transformers chooses."""
     if (folder / SINGLE_FILE).exists():
         return [folder / SINGLE_FILE]
+    if (folder / INDEX_FILE).exists():
+        return _sharded_files(folder)
     if any(folder.glob("*.bin")):
         raise ConfigError(f"{folder} holds pickled weights (*.bin), which are not supported; supported: safetensors")
     raise ConfigError(f"{folder / SINGLE_FILE} is missing, and so is {INDEX_FILE}")

@@ -184,8 +184,21 @@ def _check_sizes(fields: JsonFields, config: ModelConfig) -> None:
         raise fields.error(
             f"num_attention_heads {config.num_heads} is not a multiple of {config.num_kv_heads} KV heads"
         )
+    for window in config.sliding_windows:
+        if window is not None and window < 1:
+            raise fields.error(f"sliding_window must be at least 1, got {window}")
+    _check_rope(fields, config.rope)
     if config.head_dim % 2:
         raise fields.error(f"head_dim {config.head_dim} is odd; rotary embedding needs pairs")
     for token in config.eos_token_ids:
         if not 0 <= token < config.vocab_size:
             raise fields.error(f"eos_token_id {token} is not in the vocabulary of {config.vocab_size}")
+
+
+def _check_rope(fields: JsonFields, rope: RopeConfig) -> None:
+    if rope.theta <= 0 or rope.factor <= 0:
+        raise fields.error(f"rope_theta {rope.theta:g} and factor {rope.factor:g} must be above 0")
+    if rope.high_freq_factor <= rope.low_freq_factor:
+        raise fields.error(
+            f"high_freq_factor {rope.high_freq_factor:g} must exceed low_freq_factor {rope.low_freq_factor:g}"
+        )

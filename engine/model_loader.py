@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from kvbaton.engine.hf_config import DTYPES, load_model_config
 from kvbaton.engine.model_config import ModelConfig
 from kvbaton.engine.random_weights import random_digest, random_weights
 from kvbaton.kernels.backend import kernels_for
+
+log = logging.getLogger(__name__)
 
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,7 +37,11 @@ def load_model(
     """Raises `ConfigError` that names the file, tensor or option at fault. `dtype` auto is the one saved."""
     config = load_model_config(folder)
     checkpoint = Checkpoint.open(folder)
-    weights = load_weights(config, checkpoint, resolve_dtype(config, dtype), device)
+    chosen = resolve_dtype(config, dtype)
+    started = time.monotonic()
+    weights = load_weights(config, checkpoint, chosen, device)
+    took_s, gigabytes = time.monotonic() - started, checkpoint.num_bytes / 1e9
+    log.info("%s: %.2f GB of weights on %s as %s in %.1f s", folder, gigabytes, device, chosen, took_s)
     decoder = Decoder(config, weights, kernels_for(device), max_positions)
     return LoadedModel(config, decoder, fingerprint(config, checkpoint.digest()))
 

@@ -92,6 +92,12 @@ def test_config_of_the_moe_checkpoint(moe_folder: Path) -> None:
         ({"eos_token_id": "end"}, "eos_token_id must be an integer or a list of integers"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, got 1"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number"),
+        ({"rope_theta": 0}, "rope_theta 0 and factor 8 must be above 0"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
+            "high_freq_factor 4 must exceed low_freq_factor 4",
+        ),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window must be at least 1, got 0"),
     ],
 )
 def test_unsupported_options_are_refused_by_name(folder: Path, changes: dict[str, Any], message: str) -> None:
@@ -186,6 +192,7 @@ def test_stored_rotary_buffers_and_tied_heads_are_no_surprise(tiny_model: TinyMo
 
 def test_a_damaged_index_is_named(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
+    (folder / "model.safetensors").unlink()
     for text, message in (
         ("{}", r"index\.json: weight_map is missing"),
         ('{"weight_map": {"a": "gone.safetensors"}}', r"gone\.safetensors is missing; model\.safetensors\.index\.json"),
@@ -199,7 +206,8 @@ def test_a_damaged_index_is_named(folder: Path) -> None:
 
 def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
     shutil.copy(folder / "model.safetensors", folder / "again.safetensors")
-    weight_map = {"a": "model.safetensors", "b": "again.safetensors"}
+    (folder / "model.safetensors").rename(folder / "once.safetensors")
+    weight_map = {"a": "once.safetensors", "b": "again.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ConfigError, match=r"tensor lm_head\.weight is in .*again\.safetensors and again in"):
         load_model(folder, CPU)

@@ -17,6 +17,7 @@ from tokenizers import decoders, normalizers
 from tokenizers.models import BPE
 
 from kvbaton.engine.config import ConfigError
+from kvbaton.engine.detokenizer import WindowDetokenizer
 from kvbaton.engine.request import InvalidRequest
 from kvbaton.engine.tokenizer import Tokenizer
 from support.oracle import TinyModels
@@ -191,6 +192,21 @@ def test_a_word_after_a_prompt_keeps_its_space(sentencepiece_like: Tokenizer) ->
     prompt = tuple(sentencepiece_like.encode("the", add_special_tokens=False))
     sea = sentencepiece_like.encode("sea", add_special_tokens=False)
     assert "".join(_stream(sentencepiece_like, sea, prompt)) == " sea"
+
+
+def test_each_token_costs_the_same(sentencepiece_like: Tokenizer) -> None:
+    """Guards long outputs: no push may decode more than a few tokens, whatever came before."""
+    decoded: list[int] = []
+
+    def decode(token_ids: list[int]) -> str:
+        decoded.append(len(token_ids))
+        return sentencepiece_like.decode(token_ids)
+
+    stream = WindowDetokenizer(decode, frozenset())
+    for token in [*range(3, 259), *sentencepiece_like.encode("the sea " * 100)]:
+        stream.push(token)
+    assert max(decoded) == 10  # six of context and four held
+    assert len(decoded) == 2 * (256 + len(sentencepiece_like.encode("the sea " * 100)))
 
 
 def test_broken_bytes_are_not_held_for_ever(sentencepiece_like: Tokenizer) -> None:
