@@ -39,9 +39,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, rows: list[ScheduledRow]) -> StepResult:
         """Compute `rows`, writing their KV. At least one row, each of at least one token."""
-        order = sorted(
-            range(len(rows)), key=lambda i: rows[i].num_tokens != 1
-        )  # stable; kernels want decode rows first
+        order = sorted(range(len(rows)), key=lambda i: rows[i].num_tokens != 1)  # stable: single tokens first
         ordered = [rows[i] for i in order]
         meta = self._meta(ordered)
         hidden = self._decoder.forward(self._token_ids(ordered), self._pool, meta)
