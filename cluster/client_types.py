@@ -39,7 +39,8 @@ class GenerationClient(Protocol):
         """Stream the tokens of every sample, each sample's in order of `index` without gap or duplicate.
 
         A list holds what arrived together and may mix samples. The stream ends after each sample had an output with
-        `finish` STOP or LENGTH. Raises `ServiceError`. Closing the iterator (aclose) aborts the request on both engines.
+        `finish` STOP or LENGTH. Raises `ServiceError`. Closing the iterator (aclose) aborts the request on both
+        engines.
         """
         ...
 

@@ -5,9 +5,9 @@ Predicted seconds until the first token, plus what the rest is expected to take:
     pair(p, d)   queue(p) + compute(p, uncached on p) + transfer tail(p -> d)   + tokens x step(d)
     local(e)     queue(e) + compute(e, uncached on e)                           + tokens x step(e)
 
-Candidates are each pair and each hybrid engine; and each decode engine on which so little of the prompt is uncached that
-a transfer is not worth it, which then takes the place of its pairs. Where a role has no engine left, the other role
-serves alone. Costs closer than `tie_fraction` count as equal and are drawn at random, so that idle twins share the work.
+Candidates are each pair and each hybrid engine; and each decode engine on which so little of the prompt is uncached
+that a transfer is not worth it, which then takes the place of its pairs. Where a role has no engine left, the other
+role serves alone. Equal costs (to `tie_fraction`) are drawn at random, so that idle twins share the work.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RouterConfig:
     transfer_s_per_token: float = 5e-6
     transfer_tail_tokens: int = 512  # about one chunk: what is sent after the last compute
     no_room_s: float = 1.0  # added for a decode engine without blocks for the prompt
-    tie_fraction: float = 0.02
+    tie_fraction: float = 1e-6
     prefill_s_per_token: float = 1e-3
     decode_step_s: float = 20e-3
     avoid_s: float = 10.0  # added for an engine that has just failed the request
@@ -135,7 +135,11 @@ def _options(
         return [_local(c, demand, config) for c in hybrids or ([] if Role.HYBRID in roles else prefills)]
     short = [c for c in decodes if _is_short(c, demand, config)]
     paired = [c for c in decodes if not _is_short(c, demand, config)]
-    options = [_local(c, demand, config) for c in hybrids + (decodes if demand.retry else short)]
+    options = [_local(c, demand, config) for c in hybrids + short]
+    if demand.retry:
+        # Dearer than a healthy pair, cheaper than a pair that has just failed.
+        retried = [_local(c, demand, config) for c in paired]
+        options += [_Option(option.placement, option.cost_s + config.avoid_s / 2) for option in retried]
     starts = [(p, _first_token_s(p, demand, config)) for p in prefills]
     finishes = [(d, _rest_s(d, demand, config)) for d in paired]
     options += [

@@ -1,8 +1,8 @@
 """Which engine holds which prompt blocks, as far as an ingress knows.
 
-Two sources: the engines' numbered stored/evicted events, and the router's own recent placements, which count at once and
-for a short time, so that siblings of one prompt meet on one engine before its first event arrives. A block hash chains
-its parent, so the longest held run of a prompt's hashes is the cached prefix.
+Two sources: the engines' numbered stored/evicted events, and the router's own recent placements, which count at once
+and for a short time, so that siblings of one prompt meet on one engine before its first event arrives. A block hash
+chains its parent, so the longest held run of a prompt's hashes is the cached prefix.
 
 Each engine has a bit; a hash maps to the set of engines that hold it as an integer.
 """

@@ -16,7 +16,7 @@ from random import Random
 
 from kvbaton.engine.block_hash import BlockHash, block_hashes
 from kvbaton.engine.request import Request
-from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState
+from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
 from kvbaton.router.engine_view import EngineView
 from kvbaton.router.placement import (
     Candidate,
@@ -24,7 +24,6 @@ from kvbaton.router.placement import (
     Demand,
     Local,
     Placement,
-    Refused,
     RouterConfig,
     Unavailable,
     decide,
@@ -58,6 +57,9 @@ class Router:
         self._clock = clock
         self._rng = rng
         self._views: dict[str, EngineView] = {}
+        # One model a role: engines of a role are alike, and twins with the same work must cost exactly the same.
+        self._times = {role: TimeModel(config.prefill_s_per_token, config.decode_step_s) for role in Role}
+        self._hashes = _Hashes(None)
         self._generations: dict[str, int] = {}  # of what the prefix index knows
 
     @property
@@ -75,10 +77,9 @@ class Router:
         self._generations[info.engine_id] = info.generation
         view = self._views.get(info.engine_id)
         if view is None:
-            times = TimeModel(self.config.prefill_s_per_token, self.config.decode_step_s)
-            self._views[info.engine_id] = EngineView(info, times)
+            self._views[info.engine_id] = EngineView(info, self._times[info.role])
         else:
-            view.info = info
+            view.info, view.times = info, self._times[info.role]
 
     def unreachable(self, engine_id: str) -> None:
         """No session to the engine at present: no placements, and its book is void. Its cache is remembered."""
@@ -101,7 +102,7 @@ class Router:
         False is not refused for load: it was admitted before."""
         tokens = len(request.context)
         now = self._clock()
-        hashes = _Hashes(request)
+        hashes = self._hashes_of(request)
         usable = [view for view in self._views.values() if _can_serve(view.info, tokens)]
         if not usable and any(view.info.state is EngineState.READY for view in self._views.values()):
             return Unavailable(f"no engine takes {tokens} tokens")
@@ -114,7 +115,7 @@ class Router:
     def book(self, request: Request, placement: Placement) -> Booking:
         """Note that the request was sent as `place` decided."""
         now = self._clock()
-        hashes = _Hashes(request)
+        hashes = self._hashes_of(request)
         tokens = len(request.context)
         if isinstance(placement, Local):
             prefill_info = decode_info = placement.engine
@@ -163,6 +164,12 @@ class Router:
         cached = min(blocks * info.block_size, tokens - 1)
         return Candidate(view, cached, avoided=info.engine_id in avoid)
 
+    def _hashes_of(self, request: Request) -> _Hashes:
+        """Kept from `place` to `book`: hashing a long prompt is the dearest part of both."""
+        if self._hashes.request is not request:
+            self._hashes = _Hashes(request)
+        return self._hashes
+
     def _view_of(self, info: EngineInfo) -> EngineView:
         view = self._views.get(info.engine_id)
         if view is None or view.info.generation != info.generation:
@@ -173,16 +180,16 @@ class Router:
 class _Hashes:
     """Block hashes of a request's context, computed once for each block size that is asked for."""
 
-    def __init__(self, request: Request) -> None:
-        self._request = request
+    def __init__(self, request: Request | None) -> None:
+        self.request = request
         self._by_size: dict[int, list[BlockHash]] = {}
 
     def of(self, block_size: int) -> list[BlockHash]:
         hashes = self._by_size.get(block_size)
-        if hashes is None:
-            hashes = block_hashes(self._request.context, block_size, self._request.cache_salt)
+        if hashes is None and self.request is not None:
+            hashes = block_hashes(self.request.context, block_size, self.request.cache_salt)
             self._by_size[block_size] = hashes
-        return hashes
+        return hashes or []
 
 
 def _can_serve(info: EngineInfo, tokens: int) -> bool:
