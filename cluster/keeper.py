@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,7 +59,7 @@ class EngineFactory(Protocol):
         """Returns when the engine is ready. Raises `EngineFailed`; cancelled, it leaves nothing behind."""
         ...
 
-    async def existing(self) -> list[RunningEngine]:
+    async def existing(self) -> Sequence[RunningEngine]:
         """Engines that an earlier manager started and that are still up."""
         ...
 

@@ -1,0 +1,125 @@
+"""One ingress replica: store, membership, sessions to the engines, tokenizer, and the HTTP application. No Ray."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+from kvbaton import __version__
+from kvbaton.cluster.client import ClientConfig, ClusterClient
+from kvbaton.cluster.config import HttpSettings, RouterSettings
+from kvbaton.cluster.engine_metrics import render_engine_metrics
+from kvbaton.cluster.http.service import HttpLimits, ModelCard, SamplingDefaults, Service
+from kvbaton.cluster.launch_types import StoreAddress
+from kvbaton.cluster.redis_store import RedisStore
+from kvbaton.cluster.registry import Membership
+from kvbaton.cluster.store import Store
+from kvbaton.engine.hf_config import load_model_config
+from kvbaton.engine.json_fields import JsonFields
+from kvbaton.engine.tokenizer import Tokenizer
+from kvbaton.router.placement import RouterConfig
+from kvbaton.router.router import Router
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class IngressSettings:
+    """What an ingress is made from; travels to its process."""
+
+    store: StoreAddress
+    secret: bytes = field(repr=False)
+    model: Path
+    model_id: str
+    max_model_len: int | None
+    router: RouterSettings
+    http: HttpSettings
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+
+
+class Ingress:
+    """Made by `open`; `close` ends its sessions and aborts what is in flight."""
+
+    def __init__(self, store: Store, membership: Membership, client: ClusterClient, service: Service) -> None:
+        self._store = store
+        self._membership = membership
+        self._client = client
+        self.service = service
+
+    @classmethod
+    async def open(cls, settings: IngressSettings) -> Ingress:
+        """Connect to the store and follow its engines. Raises `StoreUnavailable` and `ConfigError`."""
+        store = await RedisStore.open(settings.store.url, settings.store.namespace)
+        membership = Membership(store)
+        await membership.start()
+        client = _client(membership, settings)
+        await client.start()
+        service = _service(settings, membership, client)
+        return cls(store, membership, client, service)
+
+    def app(self) -> FastAPI:
+        from kvbaton.cluster.http.app import create_app
+
+        return create_app(self.service)
+
+    async def close(self) -> None:
+        await self._client.close()
+        await self._membership.close()
+        await self._store.close()
+
+
+def _client(membership: Membership, settings: IngressSettings) -> ClusterClient:
+    router_config = RouterConfig(local_prefill_max_tokens=settings.router.local_prefill_tokens)
+    return ClusterClient(
+        membership,
+        Router(router_config, time.monotonic, Random()),
+        settings.secret,
+        f"ingress-{uuid.uuid4().hex[:12]}",
+        ClientConfig(max_resumes=settings.router.max_resumes),
+    )
+
+
+def _service(settings: IngressSettings, membership: Membership, client: ClusterClient) -> Service:
+    config = load_model_config(settings.model)
+    lengths = [info.max_model_len for info in membership.engines]
+    lengths.append(settings.max_model_len or config.max_position_embeddings)
+    return Service(
+        client=client,
+        tokenizer=Tokenizer.load(settings.model),
+        model=ModelCard(
+            id=settings.model_id,
+            vocab_size=config.vocab_size,
+            max_model_len=min(lengths),
+            eos_ids=config.eos_token_ids,
+            created=int(time.time()),
+        ),
+        version=__version__,
+        defaults=sampling_defaults(settings.model),
+        limits=HttpLimits(max_body_bytes=settings.http.max_body),
+        api_keys=settings.api_keys,
+        extra_metrics=lambda: render_engine_metrics(membership, client),
+    )
+
+
+def sampling_defaults(folder: Path) -> SamplingDefaults:
+    """What the model's own generation_config.json recommends, for requests that leave a value out."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return SamplingDefaults()
+    fields = JsonFields.read(path)
+    standard = SamplingDefaults()
+    return SamplingDefaults(
+        temperature=fields.number("temperature", standard.temperature),
+        top_p=fields.number("top_p", standard.top_p),
+        top_k=fields.integer("top_k", standard.top_k),
+        min_p=fields.number("min_p", standard.min_p),
+        repetition_penalty=fields.number("repetition_penalty", standard.repetition_penalty),
+    )

@@ -1,0 +1,217 @@
+"""Starts a whole cluster from one process and takes it down again: what `kvbaton serve` runs.
+
+    check ── Redis (embedded or given) ── Ray ── manager and engines ── endpoint ── wait ── everything down, in reverse
+
+Each part that starts registers its own end at once, so that a failure or Ctrl-C at any point leaves nothing behind. A
+launcher that is killed takes the rest with it: Ray's processes, HAProxy and Valkey asked the kernel for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from kvbaton.cluster import ray_cluster
+from kvbaton.cluster.config import ClusterConfig
+from kvbaton.cluster.devices import count_cores
+from kvbaton.cluster.launch_types import Launch, LaunchFailed, StoreAddress
+from kvbaton.cluster.preflight import Preflight, check_launch
+from kvbaton.cluster.screen import Screen, Step
+from kvbaton.cluster.valkey import EmbeddedValkey
+from kvbaton.engine.config import ConfigError
+from kvbaton.router.engine_info import EngineState
+
+if TYPE_CHECKING:
+    from kvbaton.cluster.manager import PoolView
+
+_KILL_AFTER_S = 5.0
+_SPARE_CPUS = 64  # tickets for engines that are added later; a private cluster counts engines, not cores
+
+
+class StopRequested(BaseException):
+    """Ctrl-C or SIGTERM. Not an Exception, so that no handler in between takes it for a failure."""
+
+
+def serve(config: ClusterConfig, screen: Screen) -> int:
+    """Run a cluster until Ctrl-C. Returns the exit status: 0 after Ctrl-C, 1 when a part failed to start."""
+    with _stop_signals(), ExitStack() as stack:
+        stack.callback(_end_stragglers)
+        try:
+            launch = _start_base(config, screen, stack)
+            manager = _start_engines(launch, screen, stack)
+            _start_endpoint(launch, screen, stack)
+            _watch(manager, screen)
+        except StopRequested:
+            screen.line("stopping ...")
+        except (LaunchFailed, ConfigError) as error:
+            screen.error(str(error))
+            return 1
+        finally:
+            _ignore_signals(screen)
+            stack.close()
+    screen.line("stopped")
+    return 0
+
+
+def _start_base(config: ClusterConfig, screen: Screen, stack: ExitStack) -> Launch:
+    """Checks, the shared state and Ray."""
+    with screen.step("checks", "model, port, devices") as step:
+        preflight = check_launch(config)
+        pools = config.pools
+        step.result = (
+            f"{config.model.served_name}: {preflight.model.architecture.value}, {pools.prefill} prefill, "
+            f"{pools.decode} decode, {pools.hybrid} hybrid on {preflight.device}"
+        )
+    run_dir = Path(tempfile.mkdtemp(prefix="kvbaton-"))
+    stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
+    with screen.step("state", "starting") as step:
+        store_url, step.result = _open_store(config, stack)
+    with screen.step("ray", "starting") as step:
+        _open_ray(config, preflight, run_dir, stack)
+        step.result = config.ray.address or f"private cluster in {run_dir}"
+    secret = (config.security.cluster_secret or secrets.token_hex(32)).encode()
+    return Launch(config, preflight, run_dir, StoreAddress(store_url, config.store.prefix), secret)
+
+
+def _open_store(config: ClusterConfig, stack: ExitStack) -> tuple[str, str]:
+    """(URL, what to show)."""
+    if config.store.redis is not None:
+        return config.store.redis, "Redis as given"
+    server = EmbeddedValkey()
+    stack.callback(server.stop)
+    return server.start(), f"embedded Valkey on 127.0.0.1:{server.port}"
+
+
+def _open_ray(config: ClusterConfig, preflight: Preflight, run_dir: Path, stack: ExitStack) -> None:
+    if config.ray.address is not None:
+        ray_cluster.join(config.ray)
+    else:
+        os.environ.update(ray_cluster.private_environment(run_dir, config.http))
+        tickets = max(count_cores(), 2 * config.pools.total + config.http.replicas) + _SPARE_CPUS
+        ray_cluster.start_private(run_dir, config.ray, ray_cluster.RayResources(tickets, preflight.num_gpus))
+    import ray
+
+    _catch_signals()  # ray.init put its own handler for SIGTERM there
+    stack.callback(_quietly, ray.shutdown)
+
+
+def _start_engines(launch: Launch, screen: Screen, stack: ExitStack) -> Any:
+    """The manager's handle, once every engine is up."""
+    from kvbaton.cluster.engine_settings import manager_settings
+    from kvbaton.cluster.manager_client import ManagerClient
+
+    with screen.step("engines", "starting") as step:
+        manager = ManagerClient.start(manager_settings(launch), launch.config.pools)
+        stack.callback(_quietly, manager.stop)
+        view = _settled(manager.views(), step)
+        step.result = f"{len(view.engines)} ready"
+    screen.pools([engine.info for engine in view.engines if engine.info is not None])
+    screen.links(links_of(manager.stats(view)))
+    return manager
+
+
+def _settled(views: Iterator[PoolView], step: Step) -> PoolView:
+    """The first view in which every engine is up. Raises `LaunchFailed` when one does not start."""
+    for view in views:
+        for engine in view.engines:
+            if engine.failures:
+                raise LaunchFailed(f"{engine.engine_id} ({engine.role}) did not start: {engine.reason}")
+        ready = sum(engine.state is EngineState.READY for engine in view.engines)
+        step.note(f"{ready} of {view.desired.total if view.desired else '?'} ready")
+        if view.settled:
+            return view
+    raise LaunchFailed("the manager ended before the engines were up")
+
+
+def _start_endpoint(launch: Launch, screen: Screen, stack: ExitStack) -> None:
+    from kvbaton.cluster.serve_app import ServeApp
+
+    app = ServeApp(launch)
+    with screen.step("endpoint", "starting") as step:
+        stack.callback(_quietly, app.stop)
+        base_url = app.start()
+        step.result = base_url
+    screen.endpoint(base_url, launch.config.model.served_name, bool(launch.config.security.api_keys))
+
+
+def _watch(manager: Any, screen: Screen) -> None:
+    """Say what happens to engines, until a signal ends it."""
+    shown: dict[str, tuple[int, EngineState]] = {}
+    for view in manager.views():
+        for engine in view.engines:
+            now = (engine.generation, engine.state)
+            before = shown.get(engine.engine_id)
+            if before is not None and before != now:
+                reason = f": {engine.reason}" if engine.reason else ""
+                screen.line(f"{engine.engine_id}/{engine.generation} ({engine.role}) {engine.state}{reason}")
+            shown[engine.engine_id] = now
+
+
+@contextmanager
+def _stop_signals() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP end the block as `StopRequested`; the earlier handlers return after it."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    _catch_signals()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _catch_signals() -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StopRequested(signal.Signals(number).name)
+
+    for number in _SIGNALS:
+        signal.signal(number, stop)
+
+
+def _ignore_signals(screen: Screen) -> None:
+    """While things are taken down, a second Ctrl-C ends by force what is left."""
+
+    def force(number: int, frame: FrameType | None) -> None:
+        screen.line("ending by force")
+        _kill(psutil.Process().children(recursive=True), 0.0)
+        os._exit(130)
+
+    for number in _SIGNALS:
+        signal.signal(number, force)
+
+
+def _quietly(end: Callable[[], object]) -> None:
+    """Run one ending; what it prints or raises must not keep the others from running."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            end()
+        except Exception as error:  # the process ends: said, not raised
+            sys.__stderr__ and sys.__stderr__.write(f"while stopping: {type(error).__name__}: {error}\n")
+
+
+def _end_stragglers() -> None:
+    """The last word: no child of this process, of whatever depth, outlives it."""
+    _kill(psutil.Process().children(recursive=True), _KILL_AFTER_S)
+
+
+def _kill(processes: list[psutil.Process], patience_s: float) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=patience_s)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=patience_s)

@@ -1,0 +1,81 @@
+"""The launcher's hand on the manager actor: start it, follow its views, stop it. Blocking calls, on the main thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError
+
+from kvbaton.cluster.actors import (
+    ENGINE_PREFIX,
+    MANAGER_NAME,
+    ManagerActor,
+    ManagerSettings,
+)
+from kvbaton.cluster.config import PoolSettings
+from kvbaton.cluster.engine_host import EngineStats
+from kvbaton.cluster.launch_types import StoreAddress
+from kvbaton.cluster.manager import PoolView
+from kvbaton.cluster.pool_state import write_desired
+from kvbaton.cluster.redis_store import RedisStore
+
+_STOP_TIMEOUT_S = 30.0
+_STATS_TIMEOUT_S = 10.0
+
+
+class ManagerClient:
+    """Made by `start`."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    @classmethod
+    def start(cls, settings: ManagerSettings, pools: PoolSettings) -> ManagerClient:
+        """Set the wanted pools and start the manager; returns as soon as it works on them."""
+        asyncio.run(_set_desired(settings.store, pools))
+        actor = ManagerActor.options(  # type: ignore[attr-defined]
+            name=MANAGER_NAME, lifetime="detached", get_if_exists=True
+        ).remote(settings)
+        client = cls(actor)
+        ray.get(actor.start.remote())
+        return client
+
+    def views(self) -> Iterator[PoolView]:
+        """The pools now, then after each change; goes on after a restart of the manager."""
+        version = -1
+        while True:
+            try:
+                view = ray.get(self._actor.changed.remote(version))
+            except (ActorUnavailableError, RayActorError):
+                version = -1  # a new incarnation counts from the beginning
+                ray.get(self._actor.start.remote())
+                continue
+            version = view.version
+            yield view
+
+    def stats(self, view: PoolView) -> list[EngineStats]:
+        """What each engine says of itself; an engine that does not answer is left out."""
+        refs = []
+        for engine in view.engines:
+            actor = ray.get_actor(f"{ENGINE_PREFIX}{engine.engine_id}")
+            refs.append(actor.stats.remote())
+        done, _ = ray.wait(refs, num_returns=len(refs), timeout=_STATS_TIMEOUT_S)
+        return [ray.get(ref) for ref in done]
+
+    def stop(self) -> None:
+        """End every engine, then the manager."""
+        try:
+            ray.get(self._actor.stop.remote(), timeout=_STOP_TIMEOUT_S)
+        finally:
+            ray.kill(self._actor)
+
+
+async def _set_desired(address: StoreAddress, pools: PoolSettings) -> None:
+    store = await RedisStore.open(address.url, address.namespace)
+    try:
+        await write_desired(store, pools)
+    finally:
+        await store.close()

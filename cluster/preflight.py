@@ -1,0 +1,114 @@
+"""Checks before anything is started, so that what is wrong is said at once and in one line."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from dataclasses import dataclass
+
+import psutil
+
+from kvbaton.cluster.config import ClusterConfig, HttpSettings
+from kvbaton.cluster.devices import count_gpus, resolve_device
+from kvbaton.cluster.redis_store import RedisStore
+from kvbaton.cluster.store import StoreUnavailable
+from kvbaton.engine.config import ConfigError
+from kvbaton.engine.hf_config import load_model_config
+from kvbaton.engine.model_config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What the checks found out."""
+
+    model: ModelConfig
+    device: str
+    num_gpus: int
+
+
+def check_launch(config: ClusterConfig) -> Preflight:
+    """Raises `ConfigError` for the first thing that cannot work."""
+    model = load_model_config(config.model.path)
+    joined = config.ray.address is not None
+    if joined and config.store.redis is None:
+        raise ConfigError(
+            "ray.address needs store.redis (--redis URL): the embedded server listens on this machine's loopback only"
+        )
+    num_gpus = 0 if config.engine.device == "cpu" or joined else count_gpus()
+    device = config.engine.device if joined else resolve_device(config, num_gpus)
+    if device == "auto":
+        raise ConfigError("ray.address needs --device cpu or --device cuda: this machine's GPUs say nothing of others")
+    if not joined:
+        check_port(config.http)
+    if config.store.redis is not None:
+        check_redis(config.store.redis, config.store.prefix)
+    return Preflight(model, device, num_gpus)
+
+
+def check_port(http: HttpSettings) -> None:
+    """Raise `ConfigError` when the endpoint's port cannot be opened, naming who has it."""
+    try:
+        family = socket.getaddrinfo(http.host, http.port, type=socket.SOCK_STREAM)[0][0]
+    except socket.gaierror as error:
+        raise ConfigError(f"http.host: '{http.host}' is not an address of this machine: {error.strerror}") from None
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((http.host, http.port))
+        except PermissionError:
+            raise ConfigError(f"port {http.port} needs more rights than this user has; choose one above 1023") from None
+        except OSError as error:
+            if _listening(http.port) is None and "in use" not in str(error):
+                raise ConfigError(f"cannot listen on {http.host}:{http.port}: {error.strerror}") from None
+            who = _listening(http.port) or "another process"
+            raise ConfigError(
+                f"port {http.port} on {http.host} is in use by {who}; stop it, or choose another: --port {_other(http)}"
+            ) from None
+
+
+def _listening(port: int) -> str | None:
+    """The process that listens on a port, as far as this user may know."""
+    try:
+        connections = psutil.net_connections("tcp")
+    except psutil.AccessDenied:
+        return None
+    for connection in connections:
+        if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port:
+            return _name(connection.pid)
+    return None
+
+
+def _name(pid: int | None) -> str:
+    if pid is None:
+        return "a process of another user"
+    try:
+        return f"{psutil.Process(pid).name()} (pid {pid})"
+    except psutil.Error:
+        return f"pid {pid}"
+
+
+def _other(http: HttpSettings) -> int:
+    """A port near the wanted one that is free at this moment."""
+    for port in range(http.port + 1, min(http.port + 50, 65536)):
+        with socket.socket() as probe:
+            try:
+                probe.bind((http.host, port))
+            except OSError:
+                continue
+            return port
+    return 0
+
+
+def check_redis(url: str, namespace: str) -> None:
+    """Raise `ConfigError` when the server does not answer."""
+
+    async def ask() -> None:
+        store = await RedisStore.open(url, namespace)
+        await store.close()
+
+    try:
+        asyncio.run(ask())
+    except StoreUnavailable as error:
+        raise ConfigError(
+            f"store.redis: {error}. Start it, correct --redis, or leave it out to have an embedded server started"
+        ) from None
