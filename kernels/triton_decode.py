@@ -34,8 +34,11 @@ class DecodeTile:
 
     @classmethod
     def of(cls, group: int, head_dim: int, dtype: torch.dtype) -> DecodeTile:
-        wide = triton.next_power_of_2(head_dim) * dtype.itemsize
-        return cls(max(16, triton.next_power_of_2(group)), 32 if wide >= 512 else 64, 4, 2 if wide >= 512 else 3)
+        rows = max(16, triton.next_power_of_2(group))
+        if dtype == torch.float32:  # no tensor cores: operands sit in registers, and larger tiles spill
+            return cls(rows, 32 if rows == 16 else 16, 8, 2)
+        wide = head_dim > 128
+        return cls(rows, 32 if wide else 64, 4, 2 if wide else 3)
 
 
 @triton.jit

@@ -31,11 +31,10 @@ class PrefillTile:
 
     @classmethod
     def of(cls, group: int, head_dim: int, dtype: torch.dtype) -> PrefillTile:
-        dim = triton.next_power_of_2(head_dim)
-        rows = max(16, triton.next_power_of_2(group))
-        if dtype == torch.float32:
-            return cls(max(rows, 32), 32 if dim <= 128 else 16, 4, 2)
-        if dim > 128:
+        rows = triton.next_power_of_2(group)
+        if dtype == torch.float32:  # no tensor cores: operands sit in registers, and larger tiles spill
+            return cls(max(rows, 32), 16, 8, 2)
+        if head_dim > 128:
             return cls(max(rows, 64), 64, 8, 2)
         return cls(max(rows, 128), 64, 8, 3)
 

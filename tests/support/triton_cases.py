@@ -1,0 +1,202 @@
+"""Triton against the reference, one named check each, on whatever device they are given.
+
+Run as a program under TRITON_INTERPRET=1 (which Triton reads when it is imported, so it needs a process of its own) it
+prints one line of JSON a check. On a GPU the tests call `run_check` directly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from kvbaton.kernels import reference
+from support.kernel_cases import Case, Shape, make_case
+
+MIXED = ((1, 1, 1, 5, 40), (1, 33, 290, 40, 75))
+TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """`run(device)` raises AssertionError with the error seen. `interpreter` False: Triton's interpreter cannot do it
+    (it multiplies bfloat16 tiles as bit patterns)."""
+
+    name: str
+    run: Callable[[torch.device], None]
+    interpreter: bool = True
+
+
+def layer(shape: Shape, device: torch.device) -> None:
+    """Rope, write and the mixed attention of one step; the pools must agree slot for slot, NaN for NaN."""
+    from kvbaton.kernels.triton_backend import TritonKernels
+
+    outputs = []
+    for kernels in (TritonKernels(), reference):
+        case = make_case(shape, seed=7, device=device)
+        fused = torch.cat((case.q, case.k, case.v), dim=1)  # strided views, as a fused projection gives
+        q, k, v = fused.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+        turned = kernels.rope_and_write_kv(q, k, v, case.cos, case.sin, case.kv_cache, shape.layer, case.meta)
+        out = kernels.paged_attention(turned, case.kv_cache, shape.layer, case.meta, case.scale, shape.window)
+        outputs.append((turned, case.kv_cache, out))
+    (turned, pool, out), (want_turned, want_pool, want_out) = outputs
+    close(turned, want_turned)
+    assert torch.equal(pool.isnan(), want_pool.isnan()), "other slots were written"
+    close(pool.nan_to_num(0.0), want_pool.nan_to_num(0.0))
+    close(out, want_out)
+
+
+def standalone_attention(device: torch.device) -> None:
+    """The two attention kernels on their own, over part of a batch: cu_seqlens need not begin at 0."""
+    from kvbaton.kernels import triton_decode, triton_prefill
+
+    case, tables, lens = _written(Shape(*MIXED), device)
+    args = (case.scale, None)
+    rows = slice(3, 48)
+    got = triton_prefill.ragged_prefill_attention(
+        case.q[rows], case.kv_cache, 1, tables[3:], case.meta.cu_seqlens_q[3:], lens[3:], *args
+    )
+    want = reference.ragged_prefill_attention(
+        case.q[rows], case.kv_cache, 1, tables[3:], case.meta.cu_seqlens_q[3:], lens[3:], *args
+    )
+    close(got, want)
+    got = triton_decode.paged_decode_attention(case.q[:3], case.kv_cache, 1, tables[:3], lens[:3], *args)
+    close(got, reference.paged_decode_attention(case.q[:3], case.kv_cache, 1, tables[:3], lens[:3], *args))
+
+
+def decode_alone_and_in_company(device: torch.device) -> None:
+    """A row's splits follow from its own length: the same bits in a batch whose longest row needs more splits."""
+    from kvbaton.kernels.triton_decode import paged_decode_attention
+
+    lens = (1, 17, 256, 257, 700, 1100)
+    case, tables, context = _written(Shape((1,) * len(lens), lens, heads=6), device)
+    together = paged_decode_attention(case.q, case.kv_cache, 1, tables, context, case.scale, None)
+    for i, length in enumerate(lens):
+        width = -(-length // case.shape.block_size)
+        alone = paged_decode_attention(
+            case.q[i : i + 1], case.kv_cache, 1, tables[i : i + 1, :width], context[i : i + 1], case.scale, None
+        )
+        assert torch.equal(alone[0], together[i]), f"row of {length} tokens differs"
+
+
+def more_tokens_than_splits(device: torch.device) -> None:
+    """Beyond MAX_SPLITS * MIN_SPLIT tokens the splits grow; a context must still be covered to its last token."""
+    from kvbaton.kernels import triton_decode
+
+    lens = (triton_decode.MAX_SPLITS * triton_decode.MIN_SPLIT + 333, 5)
+    case, tables, context = _written(Shape((1, 1), lens, heads=2, kv_heads=1, num_layers=2, block_size=64), device)
+    for window in (None, triton_decode.MAX_SPLITS * triton_decode.MIN_SPLIT + 40):
+        got = triton_decode.paged_decode_attention(case.q, case.kv_cache, 1, tables, context, case.scale, window)
+        want = reference.paged_decode_attention(case.q, case.kv_cache, 1, tables, context, case.scale, window)
+        close(got, want)
+
+
+def pointwise(dtype: torch.dtype, width: int, device: torch.device) -> None:
+    """Norms (with strided heads as well) and SiLU; widths that are no power of two."""
+    from kvbaton.kernels.triton_backend import TritonKernels
+
+    ours, g = TritonKernels(), torch.Generator().manual_seed(width)
+    x, residual, weight = (torch.randn(n, generator=g).to(device, dtype) for n in ((9, width), (9, width), (width,)))
+    close(ours.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    got, want = (k.add_rms_norm(x, residual, weight, 1e-5) for k in (ours, reference))
+    close(got[0], want[0])
+    close(got[1], want[1])
+    heads = torch.randn(9, 7, width, generator=g).to(device, dtype)[:, 2:6]
+    close(ours.rms_norm(heads, weight, 1e-6), reference.rms_norm(heads, weight, 1e-6))
+    gate_up = torch.cat((x, residual), dim=1)
+    close(ours.silu_mul(gate_up), reference.silu_mul(gate_up))
+
+
+def blocks(dtype: torch.dtype, device: torch.device) -> None:
+    """Gather, scatter and copy move whole blocks, bit for bit, and nothing else."""
+    from kvbaton.kernels.triton_backend import TritonKernels
+
+    ours, g = TritonKernels(), torch.Generator().manual_seed(1)
+    pool = torch.randn(9, 3, 2, 2, 16, 24, generator=g).to(device, dtype)
+    want = pool.clone()
+    for index in (torch.int64, torch.int32):
+        one, two = (torch.tensor(ids, dtype=index, device=device) for ids in ([8, 1, 4], [0, 7, 5]))
+        ours.copy_blocks(pool, one, two)
+        reference.copy_blocks(want, one, two)
+        staging = ours.gather_blocks(pool, one)
+        assert torch.equal(staging, want[one.long()])
+        ours.scatter_blocks(staging, pool, two.flip(0))
+        reference.scatter_blocks(staging, want, two.flip(0))
+        assert torch.equal(pool, want)
+        ours.copy_blocks(pool, one[:0], two[:0])
+        assert torch.equal(pool, want)
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    """Within the dtype's tolerance, relative to 1 + |want|; NaN is never close."""
+    wide = want.double()
+    error = float(((got.double() - wide).abs() / (1 + wide.abs())).max())
+    limit = TOLERANCE[got.dtype]
+    assert got.dtype == want.dtype
+    assert error < limit, f"error {error:.3g}, limit {limit:.3g}"
+
+
+def _written(shape: Shape, device: torch.device) -> tuple[Case, torch.Tensor, torch.Tensor]:
+    """A case whose own K and V are in the pool, its block tables and context lengths."""
+    case = make_case(shape, seed=11, device=device)
+    reference.write_kv(case.k, case.v, case.kv_cache, shape.layer, case.meta.slot_mapping)
+    return case, case.meta.block_tables, case.meta.context_lens
+
+
+_BASE = Shape(*MIXED)
+_LAYERS = {
+    "mixed": _BASE,
+    "mixed-window": replace(_BASE, window=24),
+    "mixed-float16": replace(_BASE, dtype=torch.float16),
+    "window-of-one": Shape((1, 20), (40, 20), window=1),
+    "window-over-splits": Shape((1, 1), (900, 300), window=600),
+    "seven-heads-a-group": Shape((1, 9), (300, 40), heads=7, kv_heads=1, head_dim=24),
+    "many-kv-heads": Shape((1, 9), (20, 40), heads=12, kv_heads=12, head_dim=80, block_size=32),
+    "partial-rotary": Shape((1, 9), (50, 40), head_dim=32, rotary_dim=8, block_size=32),
+    "head-dim-256": Shape((1, 9), (50, 40), heads=2, kv_heads=1, head_dim=256, block_size=64),
+    "decode-only": Shape((1, 1), (3, 18)),
+    "prefill-only": Shape((20, 70), (20, 70)),
+    "mixed-bfloat16": replace(_BASE, dtype=torch.bfloat16),
+    "bfloat16-head-128": Shape((1, 1, 200), (900, 40, 300), heads=8, head_dim=128, dtype=torch.bfloat16, block_size=64),
+    "bfloat16-window": Shape((1, 200), (900, 300), heads=8, head_dim=64, dtype=torch.bfloat16, window=130),
+}
+_NO_INTERPRETER = {name for name, shape in _LAYERS.items() if shape.dtype == torch.bfloat16}
+
+CHECKS = (
+    *(Check(name, partial(layer, shape), name not in _NO_INTERPRETER) for name, shape in _LAYERS.items()),
+    Check("standalone-attention", standalone_attention),
+    Check("decode-alone-and-in-company", decode_alone_and_in_company),
+    Check("more-tokens-than-splits", more_tokens_than_splits),
+    *(
+        Check(f"pointwise-{width}-{dtype}", partial(pointwise, dtype, width))
+        for width in (16, 96, 1100)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+    ),
+    *(Check(f"blocks-{dtype}", partial(blocks, dtype)) for dtype in (torch.float32, torch.bfloat16)),
+)
+
+
+def main() -> None:
+    """Every check that the interpreter can do; a line of {"name", "error"} each, error null where it passed."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit("set TRITON_INTERPRET=1")
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN: an output row left out shows
+    for check in CHECKS:
+        if check.interpreter:
+            error = None
+            try:
+                check.run(torch.device("cpu"))
+            except Exception:
+                error = traceback.format_exc()
+            sys.stdout.write(json.dumps({"name": check.name, "error": error}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
