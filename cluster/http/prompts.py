@@ -1,0 +1,188 @@
+"""Prompts: the four forms of `prompt` and the messages of a chat become token ids, checked against the model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from kvbaton.cluster.http.errors import ApiError, bad_request, unsupported
+from kvbaton.cluster.http.protocol import ChatFields, ChatMessage, Tool
+from kvbaton.cluster.http.service import ModelCard, TextTokenizer
+
+# Above this many characters a thread tokenizes (the Rust tokenizer lets go of the GIL), so that one long prompt does
+# not hold up the tokens of every other stream.
+INLINE_CHARS = 20_000
+# Arguments of the tokenizer's own method: a client must not set them, least of all the template.
+_RESERVED_OPTIONS = frozenset(
+    [
+        "conversation",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "messages",
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`text` is None where the client sent token ids."""
+
+    token_ids: tuple[int, ...]
+    text: str | None = None
+
+
+def split_prompts(value: Any, max_prompts: int) -> list[str | list[int]]:
+    """The prompts in `value`: a string, token ids, or a list of either. Raises `ApiError`."""
+    if isinstance(value, str):
+        prompts: list[str | list[int]] = [value]
+    elif not isinstance(value, list) or not value:
+        raise bad_request(
+            "prompt must be a string, a list of strings, token ids, or a list of token-id lists", "prompt"
+        )
+    elif _is_token_ids(value):
+        prompts = [value]
+    else:
+        prompts = [_one_of_many(item, index) for index, item in enumerate(value)]
+    if len(prompts) > max_prompts:
+        raise bad_request(f"{len(prompts)} prompts in one call; at most {max_prompts} are allowed", "prompt")
+    if not all(prompts):
+        raise bad_request("prompt is empty", "prompt")
+    return prompts
+
+
+def _one_of_many(item: Any, index: int) -> str | list[int]:
+    if isinstance(item, str) or (isinstance(item, list) and _is_token_ids(item)):
+        return item
+    raise bad_request(f"prompt[{index}] is neither a string nor a list of token ids", f"prompt[{index}]")
+
+
+def _is_token_ids(value: list[Any]) -> bool:
+    return all(type(token) is int for token in value)
+
+
+async def encode_text(tokenizer: TextTokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    if len(text) <= INLINE_CHARS:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+
+
+async def read_prompt(tokenizer: TextTokenizer, model: ModelCard, prompt: str | list[int], add_special: bool) -> Prompt:
+    """One prompt of `/v1/completions`. Raises `ApiError`."""
+    if isinstance(prompt, str):
+        read = Prompt(tuple(await encode_text(tokenizer, prompt, add_special)), prompt)
+    else:
+        read = Prompt(tuple(prompt))
+    check_token_ids(read.token_ids, model, "prompt")
+    return read
+
+
+def check_token_ids(token_ids: Sequence[int], model: ModelCard, param: str) -> None:
+    if not token_ids:
+        raise bad_request(f"{param} is empty", param)
+    low, high = min(token_ids), max(token_ids)
+    if low < 0 or high >= model.vocab_size:
+        wrong = low if low < 0 else high
+        raise bad_request(f"token id {wrong} is not in the vocabulary [0, {model.vocab_size})", param)
+
+
+async def read_chat(tokenizer: TextTokenizer, model: ModelCard, body: ChatFields) -> Prompt:
+    """The prompt that the model's template makes of a conversation. Raises `ApiError` or `InvalidRequest`."""
+    options = template_options(body)
+    messages = [template_message(message, index) for index, message in enumerate(body.messages)]
+    tools = template_tools(body.tools) if uses_tools(body) else None
+    text = tokenizer.render_chat(messages, tools, bool(body.add_generation_prompt), options)
+    token_ids = tuple(await encode_text(tokenizer, text, bool(body.add_special_tokens)))
+    check_token_ids(token_ids, model, "messages")
+    return Prompt(token_ids, text)
+
+
+def template_options(body: ChatFields) -> dict[str, Any]:
+    options = dict(body.chat_template_kwargs or {})
+    for name in options:
+        if name in _RESERVED_OPTIONS:
+            raise bad_request(f"chat_template_kwargs must not set {name!r}", "chat_template_kwargs")
+    if body.continue_final_message:
+        if body.add_generation_prompt and "add_generation_prompt" in body.model_fields_set:
+            raise bad_request(
+                "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
+            )
+        options["continue_final_message"] = True
+    return options
+
+
+def uses_tools(body: ChatFields) -> bool:
+    """Whether the model is told of tools. Raises `ApiError` for a choice that sampling would have to enforce."""
+    if body.tool_choice not in (None, "none", "auto"):
+        shown = body.tool_choice if isinstance(body.tool_choice, str) else "a named tool"
+        raise unsupported("tool_choice", f" with {shown[:40]}: only 'auto' and 'none' are")
+    return bool(body.tools) and body.tool_choice != "none"
+
+
+def template_tools(tools: Sequence[Tool] | None) -> list[Mapping[str, Any]]:
+    return [tool.model_dump(exclude_unset=True) for tool in tools or ()]
+
+
+def template_message(message: ChatMessage, index: int) -> dict[str, Any]:
+    """A message as templates expect it: plain text, arguments of tool calls as an object, no `developer` role."""
+    role = "system" if message.role == "developer" else message.role
+    result: dict[str, Any] = {"role": role, "content": message_text(message.content, index)}
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        value = getattr(message, name)
+        if value is not None:
+            result[name] = value
+    if message.tool_calls:
+        result["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": _function(call.function.name, call.function.arguments)}
+            for call in message.tool_calls
+        ]
+    return result
+
+
+def _function(name: str, arguments: str | dict[str, Any] | None) -> dict[str, Any]:
+    """Clients send arguments as JSON text. Text that is not JSON (a model wrote it) is passed on as it is."""
+    if isinstance(arguments, str):
+        try:
+            return {"name": name, "arguments": orjson.loads(arguments or "{}")}
+        except orjson.JSONDecodeError:
+            return {"name": name, "arguments": arguments}
+    return {"name": name, "arguments": arguments or {}}
+
+
+def message_text(content: Any, index: int) -> str:
+    """Text of a message: a string, null, or a list of text parts, joined by line breaks. Raises `ApiError`."""
+    where = f"messages[{index}].content"
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise bad_request(f"{where} must be a string, null or a list of text parts", where)
+    return "\n".join(_part_text(part, f"{where}[{number}]") for number, part in enumerate(content))
+
+
+def _part_text(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("text", "input_text", "refusal"):
+        text = part.get("refusal" if kind == "refusal" else "text")
+        if isinstance(text, str):
+            return text
+    elif isinstance(kind, str):
+        raise ApiError(400, f"{where}: parts of type {kind[:40]!r} are not supported, only text", where)
+    raise bad_request(f"{where} must be a text part", where)

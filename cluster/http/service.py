@@ -1,0 +1,121 @@
+"""What the HTTP layer is given: the cluster behind one method, a tokenizer, the model's limits, clocks and settings."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from kvbaton.cluster.client_types import GenerationClient
+from kvbaton.cluster.http.metrics import HttpMetrics
+
+
+class Detokenizer(Protocol):
+    """Turns the tokens of one sample into text as they come."""
+
+    def push(self, token_id: int) -> str:
+        """Text that is complete with this token; empty while a character is not."""
+        ...
+
+    def flush(self) -> str:
+        """What is left when no token will come any more."""
+        ...
+
+
+class TextTokenizer(Protocol):
+    """What the HTTP layer needs of a tokenizer; threads may share it."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+
+    def token_text(self, token_id: int) -> str: ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that this token stands for, a part of a character included."""
+        ...
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt as text. Raises `InvalidRequest` with the template's own complaint."""
+        ...
+
+    def detokenizer(self, prompt: Sequence[int] = (), skip_special_tokens: bool = True) -> Detokenizer:
+        """A fresh stream for the tokens that follow `prompt`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """The served model. `max_model_len` bounds prompt and completion together."""
+
+    id: str
+    vocab_size: int
+    max_model_len: int
+    eos_ids: tuple[int, ...] = ()
+    created: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """Used where a request leaves a field out; a model's generation_config may set its own."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """Caps on what one call may ask for."""
+
+    max_body_bytes: int = 8 << 20
+    max_prompts: int = 2048
+    max_stop_strings: int = 64
+    max_stop_chars: int = 4096
+
+
+def random_seed() -> int:
+    """63 random bits: a non-negative int64."""
+    return int.from_bytes(os.urandom(8), "big") >> 1
+
+
+def random_id() -> str:
+    return uuid.uuid4().hex
+
+
+def no_extra_metrics() -> str:
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One ingress replica. Empty `api_keys`: no key is asked. `extra_metrics` is appended to `/metrics`."""
+
+    client: GenerationClient
+    tokenizer: TextTokenizer
+    model: ModelCard
+    version: str
+    defaults: SamplingDefaults = SamplingDefaults()
+    limits: HttpLimits = HttpLimits()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    metrics: HttpMetrics = field(default_factory=HttpMetrics)
+    extra_metrics: Callable[[], str] = no_extra_metrics
+    clock: Callable[[], float] = time.monotonic
+    wall_clock: Callable[[], float] = time.time
+    new_seed: Callable[[], int] = random_seed
+    new_id: Callable[[], str] = random_id
+
+    @property
+    def fingerprint(self) -> str:
+        return f"kvbaton-{self.version}"
