@@ -94,12 +94,14 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True)
 class TransferSettings:
-    """KV transfer between engines. `ucx_tls` goes to UCX as UCX_TLS."""
+    """KV transfer between engines; see `kvtransfer.settings`. `ucx_tls` goes to UCX as UCX_TLS."""
 
     ucx_tls: str = "all"
-    lease_s: Seconds = 30.0
-    connect_timeout_s: Seconds = 10.0
-    checksum: bool = False
+    lease_s: Seconds = 10.0
+    connect_s: Seconds = 5.0
+    drain_s: Seconds = 5.0
+    send_window: Annotated[int, Range(1, 4096)] = 32
+    bandwidth_floor: Annotated[int, ByteSize(0)] = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from kvbaton.cluster import config as configuration
 from kvbaton.cluster.actors import EnginePlacement, ManagerSettings
 from kvbaton.cluster.devices import threads_per_engine
 from kvbaton.cluster.engine_host import EngineHostSettings
 from kvbaton.cluster.launch_types import Launch
+from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.router.engine_info import Role
 
 ENGINE_CPUS = 1.0
@@ -23,6 +25,7 @@ def manager_settings(launch: Launch) -> ManagerSettings:
         secret=launch.secret,
         host="127.0.0.1" if config.ray.address is None else "",
         model_id=config.model.served_name,
+        transfer=_transfer(config.transfer),
     )
     placement = EnginePlacement(
         num_cpus=ENGINE_CPUS,
@@ -32,6 +35,16 @@ def manager_settings(launch: Launch) -> ManagerSettings:
         log_level=config.ray.log_level,
     )
     return ManagerSettings(launch.store, template, placement)
+
+
+def _transfer(settings: configuration.TransferSettings) -> TransferSettings:
+    return TransferSettings(
+        lease_s=settings.lease_s,
+        connect_s=settings.connect_s,
+        drain_s=settings.drain_s,
+        send_window=settings.send_window,
+        bandwidth_floor_bytes_s=float(settings.bandwidth_floor),
+    )
 
 
 def _environment(launch: Launch, threads: int | None) -> tuple[tuple[str, str], ...]:

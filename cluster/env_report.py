@@ -54,6 +54,7 @@ def _ucx() -> str:
     info = next((Path(str(item.locate())) for item in files if item.name == "ucx_info"), None)
     if info is None or not info.exists():
         return "ucx_info is not there"
+    os.environ.setdefault("LD_LIBRARY_PATH", str(info.parent.parent / "lib"))
     version = _output(str(info), "-v").partition("\n")[0].removeprefix("# ").strip()
     transports = sorted(
         {line.partition(":")[2].strip() for line in _output(str(info), "-d").splitlines() if "Transport:" in line}

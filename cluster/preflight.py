@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from dataclasses import dataclass
 
@@ -58,7 +59,7 @@ def check_port(http: HttpSettings) -> None:
         except PermissionError:
             raise ConfigError(f"port {http.port} needs more rights than this user has; choose one above 1023") from None
         except OSError as error:
-            if _listening(http.port) is None and "in use" not in str(error):
+            if error.errno != errno.EADDRINUSE:
                 raise ConfigError(f"cannot listen on {http.host}:{http.port}: {error.strerror}") from None
             who = _listening(http.port) or "another process"
             raise ConfigError(

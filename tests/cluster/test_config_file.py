@@ -73,7 +73,7 @@ def test_nothing_said_means_the_defaults(tmp_path: Path, text: str) -> None:
         ("http: {port: '80'}", "http.port: expected a whole number, got '80'"),
         ("http: {host: 5}", "http.host: expected text, got 5"),
         ("transfer: {lease_s: 0}", "transfer.lease_s: must be from 0.001 to 86400, got 0.0"),
-        ("transfer: {checksum: 1}", "transfer.checksum: expected true or false, got 1"),
+        ("engine: {prefix_cache: 1}", "engine.prefix_cache: expected true or false, got 1"),
         ("model: {dtype: float23}", "model.dtype: must be one of auto, float32, bfloat16, float16, got 'float23'"),
         ("model: {dtype: float23}", "did you mean 'float32'?"),
         ("model: {path: 3}", "model.path: expected a path, got 3"),

@@ -1,0 +1,93 @@
+"""The command line: what each word leads to, what wrong ones say, and what is not imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvbaton
+from kvbaton.cluster import cli, serve_command
+from kvbaton.cluster.config_file import load_config
+
+
+def exit_status(*arguments: str) -> int:
+    try:
+        return cli.main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def test_version_needs_only_the_standard_library() -> None:
+    """Guards start-up time and `kvbaton --version` in an environment where nothing is installed."""
+    code = "import sys; from kvbaton.cluster import cli; cli.main(['--version'])"
+    heavy = "ray torch yaml redis rich psutil numpy"
+    check = f"import sys; bad = [m for m in {heavy.split()!r} if m in sys.modules]; sys.exit(str(bad) if bad else 0)"
+    script = f"try:\n    exec({code!r})\nexcept SystemExit:\n    pass\n{check}"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout.strip()) == (0, f"kvbaton {kvbaton.__version__}"), result.stderr
+
+
+def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status() == 2
+    output = capsys.readouterr().out
+    for name in ("serve", "bench", "make-model", "env"):
+        assert f"  {name} " in output
+
+
+def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status("sevre") == 2
+    assert "invalid choice: 'sevre'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "99999"], "--port: must be from 0 to 65535, got 99999"),
+        (["--dtype", "fp16"], "--dtype: must be one of auto, float32, bfloat16, float16, got 'fp16'"),
+        (["--prefill", "0"], "no engine can prefill; set --prefill 1, or --hybrid 1"),
+        (["--kv-memory", "much"], "--kv-memory: expected a size such as 512MiB or 2GiB, got 'much'"),
+        (["--config", "/no/such.yaml"], "cannot read /no/such.yaml: No such file or directory"),
+    ],
+)
+def test_serve_refuses_wrong_settings(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status("serve", *arguments) == 2
+    assert message in capsys.readouterr().out
+
+
+def test_every_flag_reaches_its_setting() -> None:
+    """Guards the table of flags: a path that does not exist would be refused as an unknown setting."""
+    values = {int: "2", float: "0.5", str: "auto"}
+    special = {
+        "--model": "/m",
+        "--kv-memory": "2GiB",
+        "--log-level": "info",
+        "--redis": "redis://r",
+        "--host": "::1",
+        "--block-size": "32",
+    }
+    given = {flag.name: special.get(flag.name, values[flag.kind]) for flag in serve_command.FLAGS}
+    path, overrides = serve_command.parse([part for item in given.items() for part in item])
+    assert path is None
+    config = load_config(None, overrides)
+    assert config.model.path == Path("/m")
+    assert (config.pools.prefill, config.pools.decode, config.pools.hybrid) == (2, 2, 2)
+    assert config.engine.kv_memory == 2 << 30
+    assert (config.engine.block_size, config.engine.threads, config.engine.gpus) == (32, 2, 0.5)
+    assert (config.http.host, config.http.port, config.http.replicas) == ("::1", 2, 2)
+    assert config.store.redis == "redis://r"
+    assert config.ray.address == "auto"
+    assert config.ray.log_level == "info"
+
+
+def test_flags_that_are_not_given_change_nothing() -> None:
+    assert serve_command.parse([]) == (None, [])
+
+
+def test_env_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status("env") == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if len(line.split()) > 1)
+    assert lines["kvbaton"] == kvbaton.__version__
+    assert lines["torch"] != "not installed"
