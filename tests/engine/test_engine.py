@@ -1,0 +1,185 @@
+"""Loading an engine: what is refused and how, how large its pool is, what it tells a peer, and block copies."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvbaton.engine import memory
+from kvbaton.engine.config import CacheConfig, ConfigError, EngineConfig
+from kvbaton.engine.engine import Engine, configure_threads
+from kvbaton.engine.kv_cache import KVGeometry
+from kvbaton.engine.memory import num_blocks_for, usable_model_len
+from support.engine_driver import EngineDriver, output
+from support.oracle import TinyModels, prompts
+
+CPU = torch.device("cpu")
+GEOMETRY = KVGeometry(num_layers=4, num_kv_heads=2, head_dim=16, block_size=16, dtype=torch.float32)
+BLOCK_BYTES = 16 * 4 * 2 * 2 * 16 * 4
+
+
+@pytest.fixture
+def config(tiny_model: TinyModels) -> EngineConfig:
+    return EngineConfig(tiny_model("llama"), cache=CacheConfig(kv_memory_bytes=64 * BLOCK_BYTES))
+
+
+def test_pool_size_is_the_memory_asked_for() -> None:
+    """Guards --kv-memory: whole blocks, never more than asked."""
+    assert GEOMETRY.block_bytes == BLOCK_BYTES
+    for size, wanted in ((10 * BLOCK_BYTES, 10), (11 * BLOCK_BYTES - 1, 10), (2 * BLOCK_BYTES, 2)):
+        assert num_blocks_for(CacheConfig(kv_memory_bytes=size), GEOMETRY, CPU) == wanted
+
+
+@pytest.mark.parametrize("size", [2 * BLOCK_BYTES - 1, 0, -5])
+def test_a_pool_of_less_than_two_blocks_is_refused(size: int) -> None:
+    """Guards against an engine that starts and can serve nothing."""
+    with pytest.raises(ConfigError, match=f"KV memory of {size} bytes is less than 2 blocks of {BLOCK_BYTES} bytes"):
+        num_blocks_for(CacheConfig(kv_memory_bytes=size), GEOMETRY, CPU)
+
+
+def test_default_pool_on_cpu_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards small machines and tiny models: a GiB, half of what is free, or as many blocks as make sense."""
+    large = replace(GEOMETRY, num_layers=64)
+    default = CacheConfig()
+    assert num_blocks_for(default, large, CPU) == memory.CPU_DEFAULT_BYTES // large.block_bytes
+    assert num_blocks_for(default, replace(GEOMETRY, num_layers=1), CPU) == memory.MAX_DEFAULT_BLOCKS
+    monkeypatch.setattr(memory.os, "sysconf", lambda name: {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}[name])
+    assert num_blocks_for(default, GEOMETRY, CPU) == 1000 * 4096 // 2 // BLOCK_BYTES
+
+
+def test_a_short_pool_caps_the_model_length(caplog: pytest.LogCaptureFixture) -> None:
+    """Guards admission: a sequence longer than the pool could never run, and the operator must know."""
+    with caplog.at_level(logging.WARNING):
+        assert usable_model_len(8192, 64, 16) == 1024
+    assert "KV pool of 1024 tokens is smaller than max_model_len 8192" in caplog.text
+    caplog.clear()
+    assert usable_model_len(1024, 64, 16) == 1024
+    assert caplog.text == ""
+
+
+def test_a_loaded_engine_says_what_it_is(config: EngineConfig) -> None:
+    """Guards the attributes that workers and registry read."""
+    engine = Engine.load(config)
+    assert (engine.kv.num_blocks, engine.cache.num_blocks, engine.kv.block_size) == (64, 64, 16)
+    assert (engine.max_model_len, engine.vocab_size) == (1024, 512)
+    assert engine.geometry == GEOMETRY
+    assert engine.cache.block_bytes == BLOCK_BYTES
+    assert Engine.load(replace(config, max_model_len=100)).max_model_len == 100
+
+
+def test_prefix_cache_can_be_off(config: EngineConfig) -> None:
+    """Guards the setting's way to the manager."""
+    engine = Engine.load(replace(config, cache=replace(config.cache, prefix_cache=False)))
+    driver = EngineDriver(engine)
+    seq = driver.add(prompts()[2])
+    driver.prefill(seq, 100)
+    engine.kv.commit(seq.hashes(16, 2), seq.block_table[:2])
+    driver.finish()
+    assert engine.kv.counts().cached == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_model_len": 1}, "max_model_len must be at least 2"),
+        ({"max_model_len": 8193}, "max_model_len 8193 exceeds the model's max_position_embeddings, 8192"),
+        ({"device": "toaster"}, "device 'toaster' is not a device"),
+        ({"device": "meta"}, "device 'meta' is not supported"),
+        ({"dtype": "int4"}, "dtype 'int4' is not supported"),
+        ({"cache": CacheConfig(block_size=0)}, "block_size must be at least 1, got 0"),
+        ({"cache": CacheConfig(gpu_memory_fraction=0.0)}, r"gpu_memory_fraction must be in \(0, 1\], got 0.0"),
+        ({"cache": CacheConfig(kv_memory_bytes=1000)}, "KV memory of 1000 bytes is less than 2 blocks"),
+        ({"model": Path("/does/not/exist")}, "/does/not/exist"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(config: EngineConfig, change: dict[str, object], message: str) -> None:
+    """Guards the operator: the setting at fault is named at start, before anything is served."""
+    with pytest.raises(ConfigError, match=message):
+        Engine.load(replace(config, **change))  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_missing_gpu_is_named(config: EngineConfig) -> None:
+    """Guards against a stack trace from inside torch."""
+    with pytest.raises(ConfigError, match="device 'cuda:1' does not exist: this process sees 0 CUDA devices"):
+        Engine.load(replace(config, device="cuda:1"))
+
+
+def test_compatibility_names_what_differs(config: EngineConfig, tiny_model: TinyModels) -> None:
+    """Guards HELLO: equal engines agree, and each difference shows under its own name."""
+    base = dict(Engine.load(config).compatibility())
+    assert base == dict(Engine.load(replace(config, max_model_len=64)).compatibility())
+    blocks = replace(config, cache=CacheConfig(block_size=32, kv_memory_bytes=1 << 20))
+    for other, names in (
+        (blocks, {"block_size"}),
+        (replace(config, dtype="bfloat16"), {"dtype"}),
+        (replace(config, model=tiny_model("qwen2")), {"model"}),
+    ):
+        fields = dict(Engine.load(other).compatibility())
+        assert fields.keys() == base.keys()
+        assert {name for name in base if fields[name] != base[name]} == names
+
+
+def test_copied_blocks_follow_the_order_of_the_pairs(config: EngineConfig) -> None:
+    """Guards copy-on-write in a step that also reuses a freed source: later pairs see earlier ones."""
+    engine = Engine.load(config)
+    for block_id in range(6):
+        engine.cache.pool[block_id] = float(block_id)
+    engine.copy_blocks([(0, 1), (0, 2), (3, 0), (1, 4), (5, 1)])
+    assert engine.cache.pool[:6].flatten(1)[:, 0].tolist() == [3.0, 5.0, 0.0, 3.0, 0.0, 5.0]
+    assert all((block == block.flatten()[0]).all() for block in engine.cache.pool[:6])
+    engine.copy_blocks([])
+
+
+def test_forked_samples_write_to_their_own_blocks(config: EngineConfig) -> None:
+    """Guards copy-on-write on real memory: two continuations of one prompt equal two prompts of their own."""
+    engine = Engine.load(config)
+    driver = EngineDriver(engine)
+    prompt = prompts()[1]  # 17 tokens: one full block and one token
+    wanted = []
+    for first in (11, 12):
+        seq = driver.add([*prompt, first])
+        driver.prefill(seq, 100)
+        driver.decode(8, seq)
+        wanted.append(output(seq))
+    parent = driver.add(prompt)
+    driver.prefill(parent, 100)
+    forks = []
+    for first in (11, 12):
+        fork = driver.add(prompt)
+        engine.kv.release(fork.block_table)
+        fork.block_table = list(parent.block_table)
+        engine.kv.fork(fork.block_table)
+        fork.num_computed = len(prompt)
+        fork.tokens.append(first)
+        forks.append(fork)
+    engine.kv.release(parent.block_table)
+    parent.block_table = []
+    pairs = []
+    for fork in forks:
+        fork.block_table[1], copy = engine.kv.make_writable(fork.block_table[1])
+        pairs += [copy] if copy else []
+    assert len(pairs) == 1
+    engine.copy_blocks(pairs)
+    driver.decode(9, *forks)
+    assert [output(fork)[1:] for fork in forks] == wanted
+    assert forks[0].block_table[0] == forks[1].block_table[0]
+    driver.finish()
+
+
+def test_threads_are_set_for_the_process() -> None:
+    """Guards the setting; None leaves torch's choice."""
+    before = torch.get_num_threads()
+    try:
+        configure_threads(2)
+        assert torch.get_num_threads() == 2
+        configure_threads(None)
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ConfigError, match="threads must be at least 1, got 0"):
+            configure_threads(0)
+    finally:
+        torch.set_num_threads(before)
