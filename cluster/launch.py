@@ -18,9 +18,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -32,10 +33,11 @@ from kvbaton.cluster.preflight import Preflight, check_launch
 from kvbaton.cluster.screen import Screen, Step
 from kvbaton.cluster.valkey import EmbeddedValkey
 from kvbaton.engine.config import ConfigError
-from kvbaton.router.engine_info import EngineState
+from kvbaton.router.engine_info import EngineInfo, EngineState
 
 if TYPE_CHECKING:
     from kvbaton.cluster.manager import PoolView
+    from kvbaton.cluster.manager_client import ManagerClient
 
 _KILL_AFTER_S = 5.0
 _SPARE_CPUS = 64  # tickets for engines that are added later; a private cluster counts engines, not cores
@@ -45,15 +47,27 @@ class StopRequested(BaseException):
     """Ctrl-C or SIGTERM. Not an Exception, so that no handler in between takes it for a failure."""
 
 
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The engines that are up, and the manager that keeps them so."""
+
+    manager: ManagerClient
+    view: PoolView
+
+    @property
+    def engines(self) -> list[EngineInfo]:
+        return [engine.info for engine in self.view.engines if engine.info is not None]
+
+
 def serve(config: ClusterConfig, screen: Screen) -> int:
     """Run a cluster until Ctrl-C. Returns the exit status: 0 after Ctrl-C, 1 when a part failed to start."""
     with _stop_signals(), ExitStack() as stack:
         stack.callback(_end_stragglers)
         try:
             launch = _start_base(config, screen, stack)
-            manager = _start_engines(launch, screen, stack)
-            _start_endpoint(launch, screen, stack)
-            _watch(manager, screen)
+            cluster = _start_engines(launch, screen, stack)
+            _start_endpoint(launch, cluster, screen, stack)
+            _watch(cluster, screen)
         except StopRequested:
             screen.line("stopping ...")
         except (LaunchFailed, ConfigError) as error:
@@ -108,8 +122,8 @@ def _open_ray(config: ClusterConfig, preflight: Preflight, run_dir: Path, stack:
     stack.callback(_quietly, ray.shutdown)
 
 
-def _start_engines(launch: Launch, screen: Screen, stack: ExitStack) -> Any:
-    """The manager's handle, once every engine is up."""
+def _start_engines(launch: Launch, screen: Screen, stack: ExitStack) -> Cluster:
+    """The manager, and the engines once every one is up."""
     from kvbaton.cluster.engine_settings import manager_settings
     from kvbaton.cluster.manager_client import ManagerClient
 
@@ -118,9 +132,7 @@ def _start_engines(launch: Launch, screen: Screen, stack: ExitStack) -> Any:
         stack.callback(_quietly, manager.stop)
         view = _settled(manager.views(), step)
         step.result = f"{len(view.engines)} ready"
-    screen.pools([engine.info for engine in view.engines if engine.info is not None])
-    screen.links(links_of(manager.stats(view)))
-    return manager
+    return Cluster(manager, view)
 
 
 def _settled(views: Iterator[PoolView], step: Step) -> PoolView:
@@ -136,7 +148,8 @@ def _settled(views: Iterator[PoolView], step: Step) -> PoolView:
     raise LaunchFailed("the manager ended before the engines were up")
 
 
-def _start_endpoint(launch: Launch, screen: Screen, stack: ExitStack) -> None:
+def _start_endpoint(launch: Launch, cluster: Cluster, screen: Screen, stack: ExitStack) -> None:
+    from kvbaton.cluster.first_request import links_of, send_first_request
     from kvbaton.cluster.serve_app import ServeApp
 
     app = ServeApp(launch)
@@ -144,17 +157,21 @@ def _start_endpoint(launch: Launch, screen: Screen, stack: ExitStack) -> None:
         stack.callback(_quietly, app.stop)
         base_url = app.start()
         step.result = base_url
+    with screen.step("check", "first request") as step:
+        seconds = send_first_request(base_url, launch, cluster.engines)
+        step.result = f"first request answered in {seconds * 1000:.0f} ms"
+    screen.pools(cluster.engines)
+    screen.links(links_of(cluster.manager.stats(cluster.view)))
     screen.endpoint(base_url, launch.config.model.served_name, bool(launch.config.security.api_keys))
 
 
-def _watch(manager: Any, screen: Screen) -> None:
+def _watch(cluster: Cluster, screen: Screen) -> None:
     """Say what happens to engines, until a signal ends it."""
-    shown: dict[str, tuple[int, EngineState]] = {}
-    for view in manager.views():
+    shown = {engine.engine_id: (engine.generation, engine.state) for engine in cluster.view.engines}
+    for view in cluster.manager.views():
         for engine in view.engines:
             now = (engine.generation, engine.state)
-            before = shown.get(engine.engine_id)
-            if before is not None and before != now:
+            if shown.get(engine.engine_id) != now:
                 reason = f": {engine.reason}" if engine.reason else ""
                 screen.line(f"{engine.engine_id}/{engine.generation} ({engine.role}) {engine.state}{reason}")
             shown[engine.engine_id] = now
