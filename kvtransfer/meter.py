@@ -1,0 +1,37 @@
+"""Bandwidth and latency of one pair of engines, from the traffic itself: nothing is sent to measure but RENEW's stamp."""
+
+from __future__ import annotations
+
+MIN_SAMPLE_BYTES = 4 << 20
+_WEIGHT = 0.25  # of the newest sample
+
+
+class LinkMeter:
+    """Bytes over the time in which at least one send was running; the best round trip of late."""
+
+    def __init__(self) -> None:
+        self.bytes_sent = 0
+        self.bandwidth_bytes_s: float | None = None
+        self.latency_s: float | None = None
+        self._busy_since: float | None = None
+        self._sample_bytes = 0
+
+    def on_round_trip(self, seconds: float) -> None:
+        half = max(0.0, seconds) / 2
+        self.latency_s = half if self.latency_s is None else min(half, 0.9 * self.latency_s + 0.1 * half)
+
+    def on_posted(self, now: float) -> None:
+        if self._busy_since is None:
+            self._busy_since = now
+
+    def on_sent(self, num_bytes: int, now: float, idle: bool) -> None:
+        """Some sends have completed; `idle` when none is left running."""
+        self.bytes_sent += num_bytes
+        self._sample_bytes += num_bytes
+        if self._busy_since is not None and self._sample_bytes >= MIN_SAMPLE_BYTES and now > self._busy_since:
+            sample = self._sample_bytes / (now - self._busy_since)
+            old = self.bandwidth_bytes_s
+            self.bandwidth_bytes_s = sample if old is None else old + _WEIGHT * (sample - old)
+            self._busy_since, self._sample_bytes = now, 0
+        if idle:
+            self._busy_since, self._sample_bytes = None, 0

@@ -1,0 +1,148 @@
+"""Decode's side of one hand-off.
+
+`grant` posts a receive for every landing block before GRANT leaves, so blocks land in the pool with no copy and in any
+order. A landing block belongs to the agent until `Landed` (then it is the worker's) or `Released` (then nobody can write
+it: each receive has completed, with data or with the sender's abort, or the channel is closed).
+
+`Landed` is the last word to the worker: a peer that cancels or dies after it changes nothing here, because every byte has
+arrived. It is given only after the connection was seen alive behind the last block: a prefill engine that gave its blocks
+up has closed the connection first, so what it overwrote later is never taken for KV.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from kvbaton.kvtransfer.link import HandoffLink, key_of
+from kvbaton.kvtransfer.messages import Failed, Landed, Landing, Offer, Released
+from kvbaton.kvtransfer.states import IllegalTransition, ReceiverState, ReceiverStep, next_receiver_state
+from kvbaton.kvtransfer.transport import Operation
+from kvbaton.kvtransfer.wire import (
+    AckMessage,
+    BlocksMessage,
+    CancelMessage,
+    DoneMessage,
+    FailMessage,
+    GrantMessage,
+    Handle,
+)
+
+
+class ReceiveHandoff:
+    """Created by OFFER; gone after ack or Released."""
+
+    def __init__(self, handle: Handle, offer: Offer, link: HandoffLink) -> None:
+        self.handle = handle
+        self.offer = offer
+        self.state = ReceiverState.OFFERED
+        self.landing = Landing(offer.num_blocks, ())
+        self.draining_since = 0.0
+        self._link = link
+        self._receives: deque[Operation] = deque()
+        self._announced = 0  # prompt blocks below this index are on their way or not wanted
+        self._payload: bytes | None = None
+
+    # commands
+
+    def grant(self, landing: Landing, first_tag: int) -> None:
+        """`landing` must cover the offer's tail; the session has checked its block ids."""
+        self.state = next_receiver_state(self.state, ReceiverStep.GRANT)
+        self.landing = landing
+        self._announced = landing.first_block
+        for tag, block_id in enumerate(landing.block_ids, first_tag):
+            self._receives.append(self._link.post_receive(tag, block_id))
+        self._link.send(GrantMessage(self.handle, first_tag, landing.first_block, len(landing.block_ids)))
+
+    def ack(self, now: float) -> None:
+        """The worker has taken the sequence over."""
+        if self.state is not ReceiverState.LANDED:
+            self.fail(f"acknowledged while {self.state.value}", now)
+            return
+        self.state = next_receiver_state(self.state, ReceiverStep.ACK)
+        self._link.send(AckMessage(self.handle))
+        self._link.forget(self.handle)
+
+    def cancel(self, reason: str, now: float) -> None:
+        """Given up by the own worker: it hears only Released."""
+        if self.live:
+            self._link.send(CancelMessage(self.handle, reason))
+            self._end(now)
+
+    # what the peer says
+
+    def on_blocks(self, message: BlocksMessage, now: float) -> None:
+        self._require_landing("BLOCKS")
+        end = message.first_block + message.count
+        if message.first_block != self._announced or end > self.offer.num_blocks:
+            self.fail(f"blocks {message.first_block}..{end - 1} announced, {self._announced} is next", now)
+            return
+        self._announced = end
+
+    def on_done(self, message: DoneMessage, now: float) -> None:
+        self._require_landing("DONE")
+        if self._announced != self.offer.num_blocks or message.num_sent != len(self.landing.block_ids):
+            self.fail(f"done after {message.num_sent} of {len(self.landing.block_ids)} granted blocks", now)
+            return
+        self._payload = message.payload
+        self.poll(now)
+
+    def on_peer_end(self, reason: str, now: float) -> None:
+        """CANCEL or FAIL has arrived."""
+        if self.live and self.state is not ReceiverState.LANDED:
+            self._link.emit(Failed(key_of(self.handle), reason))
+            self._end(now)
+
+    # the session
+
+    @property
+    def live(self) -> bool:
+        return self.state not in (ReceiverState.DRAINING, ReceiverState.RELEASED)
+
+    @property
+    def receiving(self) -> bool:
+        """Posted receives are outstanding."""
+        return bool(self._receives)
+
+    def poll(self, now: float) -> bool:
+        """Take completed receives, in posting order; True if there was one."""
+        taken = 0
+        while self._receives and self._receives[0].completed:
+            failure = self._link.failure(self._receives.popleft())
+            taken += 1
+            if failure is not None:
+                self.fail(f"receive failed: {failure}", now)
+        if not self._receives:
+            self._land_or_release()
+        self._link.received(taken)
+        return taken > 0
+
+    def fail(self, reason: str, now: float) -> None:
+        """Failed here: the peer is told, the worker is told."""
+        if self.live and self.state is not ReceiverState.LANDED:
+            self._link.send(FailMessage(self.handle, reason))
+            self.on_peer_end(reason, now)
+
+    def on_lost(self, reason: str, now: float) -> None:
+        """The channel is closed: nothing writes the blocks any more."""
+        self._receives.clear()
+        self.on_peer_end(reason, now)
+        self._land_or_release()
+
+    def _land_or_release(self) -> None:
+        if self.state is ReceiverState.DRAINING:
+            self.state = next_receiver_state(self.state, ReceiverStep.DRAINED)
+            self._link.forget(self.handle)
+            self._link.emit(Released(key_of(self.handle), acked=False))
+        elif self.state is ReceiverState.LANDING and self._payload is not None and self._link.alive():
+            self.state = next_receiver_state(self.state, ReceiverStep.COMPLETE)
+            self._link.emit(Landed(key_of(self.handle), self._payload))
+
+    def _end(self, now: float) -> None:
+        self.state = next_receiver_state(self.state, ReceiverStep.END)
+        self.draining_since = now
+        if not self._receives:
+            self._land_or_release()
+
+    def _require_landing(self, what: str) -> None:
+        if self.state is not ReceiverState.LANDING:
+            raise IllegalTransition(f"{what} for a hand-off that is {self.state.value}")

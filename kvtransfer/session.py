@@ -1,0 +1,368 @@
+"""One connection to one peer and the hand-offs on it: handshake, dispatch, send window, leases, end.
+
+The side that connects offers; the side that accepts receives. Two engines that offer to each other hold two sessions.
+
+    CONNECTING --handshake done--> OPEN --close(reason)--> CLOSED
+
+Whatever ends a session closes its channel first, which ends every operation on it, and only then fails and releases its
+hand-offs.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, Hello, Step, refusal
+from kvbaton.kvtransfer.link import key_of
+from kvbaton.kvtransfer.messages import Event, Landing, Offer, Offered, PeerAddress
+from kvbaton.kvtransfer.meter import LinkMeter
+from kvbaton.kvtransfer.receiver import ReceiveHandoff
+from kvbaton.kvtransfer.sender import SendHandoff
+from kvbaton.kvtransfer.settings import TransferSettings
+from kvbaton.kvtransfer.states import IllegalTransition, SessionState
+from kvbaton.kvtransfer.transport import Channel, Operation, TransportError
+from kvbaton.kvtransfer.wire import (
+    BLOCK_TAG,
+    FRAME_OVERHEAD_BYTES,
+    MAX_REASON_CHARS,
+    MAX_RENEW_HANDLES,
+    AckMessage,
+    BlocksMessage,
+    CancelMessage,
+    DoneMessage,
+    FailMessage,
+    Frame,
+    GrantMessage,
+    Handle,
+    Message,
+    OfferMessage,
+    RenewMessage,
+    WireError,
+    decode,
+    encode,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOwner:
+    """What a session asks of its agent."""
+
+    generation: int
+    block_bytes: int
+    settings: TransferSettings
+    emit: Callable[[Event], None]
+    opened: Callable[[Session, Hello], None]
+    offered: Callable[[Session, ReceiveHandoff], bool]
+    forgotten: Callable[[Handle], None]
+
+
+class Session:
+    """Not thread-safe: used on the agent's thread alone. Implements HandoffLink for its hand-offs."""
+
+    def __init__(self, channel: Channel, handshake: Handshake, owner: SessionOwner, now: float) -> None:
+        self.channel = channel
+        self.state = SessionState.CONNECTING
+        self.peer: PeerAddress | None = None
+        self.close_reason = ""
+        self.meter = LinkMeter()
+        self.senders: dict[Handle, SendHandoff] = {}
+        self.receivers: dict[Handle, ReceiveHandoff] = {}
+        self.messages = 0
+        self.blocks_received = 0
+        self._handshake = handshake
+        self._owner = owner
+        self._now = now
+        self._heard = now
+        self._renew_at = now
+        self._backlog: list[Message] = []
+        self._outbox: deque[tuple[SendHandoff | None, int]] = deque()
+        self._in_flight: deque[tuple[Operation, SendHandoff | None]] = deque()
+        self._landing: dict[Handle, ReceiveHandoff] = {}
+        self._next_tag = BLOCK_TAG | secrets.randbits(62)  # tags of one session never repeat and cannot be guessed
+
+    # life
+
+    def start(self) -> None:
+        """The initiator's HELLO."""
+        self._take_step(self._handshake.start())
+
+    @property
+    def closed(self) -> bool:
+        return self.state is SessionState.CLOSED
+
+    @property
+    def busy(self) -> bool:
+        """Blocks are moving."""
+        return bool(self._in_flight or self._outbox or self._landing)
+
+    @property
+    def has_handoffs(self) -> bool:
+        return bool(self.senders or self.receivers)
+
+    def poll(self, now: float) -> bool:
+        """Take what the channel has, move blocks; True if anything happened."""
+        self._now = now
+        worked = False
+        try:
+            while not self.closed and (data := self.channel.receive()) is not None:
+                self._take(data)
+                worked = True
+            if self.state is SessionState.OPEN:
+                worked |= self._move_blocks()
+        except HandshakeRefused as refused:
+            self._refuse(str(refused))
+        except (WireError, TransportError) as error:
+            self._refuse(f"protocol error: {error}")
+        if not self.closed and (reason := self.channel.lost()) is not None:
+            self.close(f"connection lost: {reason}")
+        return worked
+
+    def tick(self, now: float) -> None:
+        """Timers: handshake deadline, renewals, leases, drains, silence."""
+        self._now = now
+        settings = self._owner.settings
+        if self.state is SessionState.CONNECTING:
+            if now - self._heard >= settings.connect_s:
+                self.close(f"no handshake within {settings.connect_s} s")
+            return
+        for sender in list(self.senders.values()):
+            sender.on_tick(now)
+        if now >= self._renew_at:
+            self._renew()
+        handoffs: list[SendHandoff | ReceiveHandoff] = [*self.senders.values(), *self.receivers.values()]
+        if any(not h.live and now - h.draining_since >= settings.drain_s for h in handoffs):
+            self.close(f"peer has not finished its operations within {settings.drain_s} s")
+        elif handoffs and now - self._heard >= settings.lease_s:
+            self.close(f"peer has been silent for {settings.lease_s} s")
+
+    def close(self, reason: str) -> None:
+        """End the session and all it holds. Idempotent."""
+        if self.closed:
+            return
+        self.state = SessionState.CLOSED
+        self.close_reason = reason
+        self.channel.close()
+        self._outbox.clear()
+        self._in_flight.clear()
+        self._landing.clear()
+        for sender in list(self.senders.values()):
+            sender.on_lost(reason, self._now)
+        for receiver in list(self.receivers.values()):
+            receiver.on_lost(reason, self._now)
+        log.info("session with %s closed: %s", self.peer or "unknown peer", reason)
+
+    # hand-offs
+
+    def offer(self, handle: Handle, offer: Offer) -> SendHandoff:
+        sender = SendHandoff(handle, offer, self, self._owner.settings.lease_s, self._now)
+        self.senders[handle] = sender
+        sender.start()
+        return sender
+
+    def grant(self, receiver: ReceiveHandoff, landing: Landing) -> None:
+        """Post the receives and send GRANT. The caller has checked the block ids."""
+        first_tag = self._next_tag
+        self._next_tag += len(landing.block_ids)
+        receiver.grant(landing, first_tag)
+        self._landing[receiver.handle] = receiver
+
+    def quarantined_blocks(self) -> int:
+        """Blocks of ended hand-offs that operations may still touch."""
+        return sum(s.num_blocks_held for s in self.senders.values() if not s.live) + sum(
+            len(r.landing.block_ids) for r in self.receivers.values() if not r.live
+        )
+
+    # HandoffLink
+
+    def send(self, message: Message) -> None:
+        if self.state is SessionState.CONNECTING:
+            self._backlog.append(message)
+        elif self.state is SessionState.OPEN and self.peer is not None:
+            if isinstance(message, CancelMessage | FailMessage):
+                message = type(message)(message.handle, message.reason[:MAX_REASON_CHARS])
+            self.messages += 1
+            self.channel.send(encode(Frame(self._owner.generation, self.peer.generation, message)))
+
+    def emit(self, event: Event) -> None:
+        self._owner.emit(event)
+
+    def queue_block(self, sender: SendHandoff, index: int) -> None:
+        self._outbox.append((sender, index))
+
+    def post_receive(self, tag: int, block_id: int) -> Operation:
+        return self.channel.post_receive(tag, block_id)
+
+    def failure(self, operation: Operation) -> str | None:
+        return self.channel.failure(operation)
+
+    def received(self, count: int) -> None:
+        self.blocks_received += count
+
+    def alive(self) -> bool:
+        return self.channel.lost() is None
+
+    def forget(self, handle: Handle) -> None:
+        self.senders.pop(handle, None)
+        self.receivers.pop(handle, None)
+        self._owner.forgotten(handle)
+
+    # incoming
+
+    def _take(self, data: bytes | bytearray) -> None:
+        if self.state is SessionState.CONNECTING:
+            self._take_step(self._handshake.receive(data))
+            return
+        frame = decode(data, self._owner.settings.max_payload_bytes + FRAME_OVERHEAD_BYTES)
+        if self.peer is None or frame.source_generation != self.peer.generation:
+            raise WireError(f"frame from generation {frame.source_generation}, session is with {self.peer}")
+        if frame.target_generation != self._owner.generation:
+            raise WireError(f"frame for generation {frame.target_generation}, this is {self._owner.generation}")
+        self._heard = self._now
+        self.messages += 1
+        self._dispatch(frame.message)
+
+    def _take_step(self, step: Step) -> None:
+        if step.send is not None:
+            self.channel.send(step.send)
+        if step.peer is not None:
+            self.channel.establish(step.peer.blob)
+            self.peer = step.peer.address
+            self.state = SessionState.OPEN
+            self._heard = self._now
+            log.info("session with %s open over %s", self.peer, self.channel.describe())
+            self._owner.opened(self, step.peer)
+            backlog, self._backlog = self._backlog, []
+            for message in backlog:
+                self.send(message)
+            self._send_renew(())
+
+    def _refuse(self, reason: str) -> None:
+        log.warning("session with %s refused: %s", self.peer or "unknown peer", reason)
+        if self.state is SessionState.CONNECTING:
+            self.channel.send(refusal(reason))
+        self.close(reason)
+
+    def _dispatch(self, message: Message) -> None:
+        if isinstance(message, RenewMessage):
+            self._on_renew(message)
+            return
+        sender, receiver = self.senders.get(message.handle), self.receivers.get(message.handle)
+        try:
+            if isinstance(message, OfferMessage):
+                self._on_offer(message)
+            elif isinstance(message, CancelMessage | FailMessage):
+                for handoff in (sender, receiver):
+                    if handoff is not None:
+                        handoff.on_peer_end(message.reason, self._now)
+            elif isinstance(message, GrantMessage | AckMessage):
+                self._to_sender(sender, message)
+            else:
+                self._to_receiver(receiver, message)
+        except IllegalTransition as illegal:
+            for handoff in (sender, receiver):
+                if handoff is not None:
+                    handoff.fail(f"protocol error: {illegal}", self._now)
+
+    def _on_offer(self, message: OfferMessage) -> None:
+        offer = Offer(key_of(message.handle), message.num_tokens, message.num_blocks)
+        receiver = ReceiveHandoff(message.handle, offer, self)
+        settings = self._owner.settings
+        reason = ""
+        if message.handle in self.receivers:
+            raise IllegalTransition("offered twice")
+        if len(self.receivers) >= settings.max_handoffs_per_session:
+            reason = f"more than {settings.max_handoffs_per_session} open hand-offs"
+        elif message.num_blocks > settings.max_blocks_per_handoff:
+            reason = f"{message.num_blocks} blocks are more than {settings.max_blocks_per_handoff}"
+        elif not self._owner.offered(self, receiver):
+            reason = "a hand-off of this request and epoch is open already"
+        if reason or self.peer is None:
+            self.send(FailMessage(message.handle, f"offer refused: {reason}"))
+            return
+        self.receivers[message.handle] = receiver
+        self.emit(Offered(offer, self.peer))
+
+    def _to_sender(self, sender: SendHandoff | None, message: GrantMessage | AckMessage) -> None:
+        if isinstance(message, AckMessage):
+            if sender is not None and sender.live:
+                sender.on_ack(self._now)
+        elif sender is not None and sender.live:
+            sender.on_grant(message, self._now)
+        elif sender is None:  # ended here while the grant was on its way: complete the receives it speaks of
+            self._outbox.extend((None, tag) for tag in range(message.first_tag, message.first_tag + message.count))
+
+    def _to_receiver(self, receiver: ReceiveHandoff | None, message: BlocksMessage | DoneMessage) -> None:
+        if receiver is None:
+            self.send(FailMessage(message.handle, "refused: no such hand-off here"))
+        elif receiver.live and isinstance(message, BlocksMessage):
+            receiver.on_blocks(message, self._now)
+        elif receiver.live and isinstance(message, DoneMessage):
+            receiver.on_done(message, self._now)
+
+    # leases
+
+    def _on_renew(self, message: RenewMessage) -> None:
+        if message.is_reply:
+            self.meter.on_round_trip(self._now - message.stamp_us / 1e6)
+            return
+        for handle in message.handles:
+            if handle in self.senders:
+                self.senders[handle].renew(self._now)
+            elif handle not in self.receivers:
+                self.send(FailMessage(handle, "refused: no such hand-off here"))
+        self.send(RenewMessage(message.stamp_us, True, ()))
+
+    def _renew(self) -> None:
+        self._renew_at = self._now + self._owner.settings.renew_s
+        live = [h.handle for h in (*self.senders.values(), *self.receivers.values()) if h.live]
+        for start in range(0, len(live), MAX_RENEW_HANDLES):
+            self._send_renew(live[start : start + MAX_RENEW_HANDLES])
+
+    def _send_renew(self, handles: Iterable[Handle]) -> None:
+        self.send(RenewMessage(max(0, int(self._now * 1e6)), False, tuple(handles)))
+
+    # blocks
+
+    def _move_blocks(self) -> bool:
+        moved = self._reap() + self._fill_window() > 0
+        for handle, receiver in list(self._landing.items()):
+            moved |= receiver.poll(self._now)
+            if not receiver.receiving:
+                self._landing.pop(handle, None)
+        return moved
+
+    def _reap(self) -> int:
+        """Completed sends, in posting order."""
+        taken = 0
+        while self._in_flight and self._in_flight[0][0].completed:
+            operation, sender = self._in_flight.popleft()
+            taken += 1
+            if sender is not None:
+                sender.on_sent(self.channel.failure(operation), self._now)
+        if taken:
+            self.meter.on_sent(taken * self._owner.block_bytes, self._now, idle=not self._in_flight)
+        return taken
+
+    def _fill_window(self) -> int:
+        posted = 0
+        while self._outbox and len(self._in_flight) < self._owner.settings.send_window:
+            sender, index = self._outbox.popleft()
+            self._in_flight.append((self._post(sender, index), sender))
+            posted += 1
+        if posted:
+            self.meter.on_posted(self._now)
+        return posted
+
+    def _post(self, sender: SendHandoff | None, index: int) -> Operation:
+        if sender is None:
+            return self.channel.post_abort(index)
+        block_id = sender.source(index)
+        if block_id is None:
+            return self.channel.post_abort(sender.tag(index))
+        return self.channel.post_send(sender.tag(index), block_id)

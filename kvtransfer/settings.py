@@ -1,0 +1,53 @@
+"""Settings of a transfer agent, and who the agent is. Frozen; checked once when built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class Identity(Protocol):
+    """An engine incarnation. `PeerAddress` is one too."""
+
+    @property
+    def engine_id(self) -> str: ...
+
+    @property
+    def generation(self) -> int: ...
+
+
+class TransferSettingsError(ValueError):
+    """A setting that cannot work; the message names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferSettings:
+    """Times are seconds.
+
+    `lease_s`: prefill's hold on a hand-off of which decode says nothing, and the silence after which a session with open
+    hand-offs counts as dead. `drain_s`: how long a cancelled hand-off may wait for the peer to finish its operations before
+    the session is closed to make them end. `bandwidth_floor_bytes_s`: a slower pair is logged as a warning; 0 is off.
+    """
+
+    lease_s: float = 10.0
+    connect_s: float = 5.0
+    drain_s: float = 5.0
+    send_window: int = 32
+    max_handoffs_per_session: int = 4096
+    max_blocks_per_handoff: int = 1 << 17
+    max_payload_bytes: int = 1 << 20
+    bandwidth_floor_bytes_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("lease_s", "connect_s", "drain_s", "send_window", "max_handoffs_per_session", "max_payload_bytes"):
+            if getattr(self, name) <= 0:
+                raise TransferSettingsError(f"{name} must be positive, not {getattr(self, name)}")
+        if not 0 < self.max_blocks_per_handoff < 1 << 24:
+            raise TransferSettingsError(
+                f"max_blocks_per_handoff must be in 1..2^24-1, not {self.max_blocks_per_handoff}"
+            )
+
+    @property
+    def renew_s(self) -> float:
+        """Interval between two RENEWs: a third of the lease, so that two may be late."""
+        return self.lease_s / 3
