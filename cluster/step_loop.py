@@ -32,12 +32,14 @@ class _Stop:
 
 @dataclass(frozen=True, slots=True)
 class StepCounters:
-    """Totals since the start; seconds of wall time. `model_s` is inside forward passes, sampling included."""
+    """Totals since the start; seconds of wall time. `model_s` is inside forward passes, sampling included, and
+    `model_cpu_s` the engine thread's CPU time in them."""
 
     steps: int = 0
     busy_s: float = 0.0
     model_s: float = 0.0
     preemptions: int = 0
+    model_cpu_s: float = 0.0
 
 
 class StepLoop:
@@ -120,4 +122,5 @@ class StepLoop:
             busy_s=total.busy_s + step_s,
             model_s=self._worker.model_s,
             preemptions=self._worker.decode.num_preemptions,
+            model_cpu_s=self._worker.model_cpu_s,
         )

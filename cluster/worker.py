@@ -46,6 +46,7 @@ class Worker:
         self.outgoing = OutgoingHandoffs(engine.kv, agent)
         self.landings = Landings(engine.kv, agent)
         self.model_s = 0.0  # wall time inside forward passes
+        self.model_cpu_s = 0.0  # and the CPU time of this thread in them
         self._outputs: dict[int, list[TokenOutput]] = {}
 
     # ---- what comes in ------------------------------------------------------------------------------------------
@@ -81,9 +82,10 @@ class Worker:
             return False
         if plan.copies:
             self._engine.copy_blocks(plan.copies)
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.thread_time()
         result = self._engine.run(rows)
         self.model_s += time.perf_counter() - started
+        self.model_cpu_s += time.thread_time() - cpu_started
         for row, sampled, prompt_logprobs in zip(rows, result.sampled, result.prompt_logprobs, strict=True):
             track = self.tracks.of(row.seq)
             if track is None:
