@@ -1,0 +1,86 @@
+"""The documents against the code: each setting, flag, metric, route and link that they name exists; none is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from kvbaton.cluster.client import ClientCounters
+from kvbaton.cluster.config import ClusterConfig
+from kvbaton.cluster.http.metrics import HttpMetrics
+from kvbaton.cluster.serve_command import FLAGS
+
+ROOT = Path(__file__).resolve().parents[2]
+OPERATORS = (ROOT / "docs" / "operators.md").read_text()
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def table_keys(pattern: str) -> list[str]:
+    """What stands in the first column of the operators' tables and matches."""
+    return re.findall(rf"^\| `({pattern})`", OPERATORS, re.MULTILINE)
+
+
+def settings() -> Iterator[str]:
+    for section, kind in get_type_hints(ClusterConfig).items():
+        yield from (f"{section}.{field.name}" for field in dataclasses.fields(kind))
+
+
+def test_every_setting_is_documented_once_and_exists() -> None:
+    """Guards against a setting that operators cannot find, or one that is gone."""
+    documented = table_keys(r"[a-z]+\.[a-z_]+")
+    assert sorted(documented) == sorted(settings())
+
+
+def test_every_flag_stands_beside_its_setting() -> None:
+    """Guards the flag column."""
+    rows = dict(re.findall(r"^\| `([a-z]+\.[a-z_]+)` \| [^|]+ \| (?:`(--[a-z-]+)`)?", OPERATORS, re.MULTILINE))
+    documented = {path: flag for path, flag in rows.items() if flag}
+    assert documented == {flag.path: flag.name for flag in FLAGS}
+
+
+def test_every_metric_is_documented_and_exists() -> None:
+    """Guards dashboards: a renamed metric must be renamed here too."""
+    http = {line.split(" ")[2] for line in HttpMetrics().render().splitlines() if line.startswith("# TYPE")}
+    http = {name for name in http if not name.endswith("_created")}
+    client = {f"kvbaton_requests_{field.name}_total" for field in dataclasses.fields(ClientCounters)}
+    source = (ROOT / "cluster" / "engine_metrics.py").read_text()
+    engine = set(re.findall(r"kvbaton_(?:engine|requests)_[a-z_]+[a-z]", source))
+    documented = set(table_keys(r"kvbaton_[a-z_]+"))
+    assert documented == http | client | engine
+
+
+def test_every_route_is_documented() -> None:
+    """Guards the route table against the application's own list."""
+    source = (ROOT / "cluster" / "http" / "app.py").read_text()
+    served = {(method, path.replace(":path", "")) for method, path in re.findall(r'\("(GET|POST)", "([^"]+)"', source)}
+    assert served
+    documented = set(re.findall(r"`(GET|POST) (/[^`]+)`", OPERATORS))
+    assert documented == served
+
+
+def test_the_readme_shows_how_to_start_within_forty_lines() -> None:
+    """Guards the order of the README: a sentence, a picture, the two commands and a curl come first."""
+    head = "\n".join((ROOT / "README.md").read_text().splitlines()[:40])
+    for needed in ("docs/img/overview.svg", "make serve", "make test", "curl -N"):
+        assert needed in head
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=[str(path.relative_to(ROOT)) for path in DOCUMENTS])
+def test_links_inside_the_repository_lead_somewhere(document: Path) -> None:
+    """Guards against links to files that were moved or never written."""
+    targets = re.findall(r"\]\(([^)#]+)", document.read_text())
+    missing = [t for t in targets if "://" not in t and not (document.parent / t).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/architecture.md", "docs/contributing.md", "docs/operators.md"])
+def test_files_that_documents_name_exist(name: str) -> None:
+    """Guards against file names in code font that are no longer there."""
+    text = (ROOT / name).read_text()
+    named = set(re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|yaml|md))`", text))
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
