@@ -16,6 +16,7 @@ from kvbaton.cluster.config import HttpSettings, RouterSettings
 from kvbaton.cluster.engine_metrics import render_engine_metrics
 from kvbaton.cluster.http.service import HttpLimits, ModelCard, SamplingDefaults, Service
 from kvbaton.cluster.launch_types import StoreAddress
+from kvbaton.cluster.prefix_feed import PrefixFollower
 from kvbaton.cluster.redis_store import RedisStore
 from kvbaton.cluster.registry import Membership
 from kvbaton.cluster.store import Store
@@ -48,10 +49,18 @@ class IngressSettings:
 class Ingress:
     """Made by `open`; `close` ends its sessions and aborts what is in flight."""
 
-    def __init__(self, store: Store, membership: Membership, client: ClusterClient, service: Service) -> None:
+    def __init__(
+        self,
+        store: Store,
+        membership: Membership,
+        client: ClusterClient,
+        prefixes: PrefixFollower,
+        service: Service,
+    ) -> None:
         self._store = store
         self._membership = membership
         self._client = client
+        self._prefixes = prefixes
         self.service = service
 
     @classmethod
@@ -62,8 +71,11 @@ class Ingress:
         await membership.start()
         client = _client(membership, settings)
         await client.start()
+        prefixes = PrefixFollower(store, client.router.index)
+        membership.subscribe(prefixes.follow)
+        prefixes.start()
         service = _service(settings, membership, client)
-        return cls(store, membership, client, service)
+        return cls(store, membership, client, prefixes, service)
 
     def app(self) -> FastAPI:
         from kvbaton.cluster.http.app import create_app
@@ -72,6 +84,7 @@ class Ingress:
 
     async def close(self) -> None:
         await self._client.close()
+        await self._prefixes.close()
         await self._membership.close()
         await self._store.close()
 

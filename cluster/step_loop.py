@@ -12,9 +12,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvbaton.cluster.worker import Worker
 from kvbaton.cluster.worker_types import Item
+from kvbaton.engine.kv_manager import CacheEvent, CacheSnapshot
 from kvbaton.engine.request import TokenOutput
 from kvbaton.router.engine_info import EngineLoad
 
@@ -22,12 +24,27 @@ log = logging.getLogger(__name__)
 
 WAKE_S = 1.0  # how long an idle loop sleeps before it looks at timeouts
 
-Publish = Callable[[dict[int, list[TokenOutput]], EngineLoad], None]
+
+class StepSink(Protocol):
+    """Where the engine thread leaves what others should know. Called on that thread; must not block."""
+
+    def stepped(self, outputs: dict[int, list[TokenOutput]], load: EngineLoad) -> None: ...
+
+    def cached(self, events: list[CacheEvent]) -> None: ...
+
+    def snapshot(self, snapshot: CacheSnapshot) -> None: ...
+
+    def crashed(self, error: BaseException) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Stop:
     """Put into the inbox to end the loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotWanted:
+    """Put into the inbox to get `StepSink.snapshot`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +62,11 @@ class StepCounters:
 class StepLoop:
     """Runs one `Worker` on a thread of its own."""
 
-    def __init__(
-        self,
-        worker: Worker,
-        publish: Publish,
-        on_crash: Callable[[BaseException], None],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """`publish` and `on_crash` are called on the engine thread."""
+    def __init__(self, worker: Worker, sink: StepSink, clock: Callable[[], float] = time.monotonic) -> None:
         self._worker = worker
-        self._publish = publish
-        self._on_crash = on_crash
+        self._sink = sink
         self._clock = clock
-        self._inbox: queue.SimpleQueue[Item | _Stop] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Item | SnapshotWanted | _Stop] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
         self._stopping = False
         self._ran = False
@@ -68,7 +77,7 @@ class StepLoop:
     def start(self) -> None:
         self._thread.start()
 
-    def put(self, item: Item) -> None:
+    def put(self, item: Item | SnapshotWanted) -> None:
         """Thread-safe; the item is applied before the next step."""
         self._inbox.put(item)
 
@@ -84,7 +93,7 @@ class StepLoop:
                 self.turn(block=not self._ran)
         except BaseException as error:
             log.exception("engine thread died")
-            self._on_crash(error)
+            self._sink.crashed(error)
 
     def turn(self, block: bool) -> None:
         """One round: inbox, step, publish. Tests call it themselves instead of `start`."""
@@ -100,7 +109,9 @@ class StepLoop:
         outputs = self._worker.take_outputs()
         if outputs or load != self.load:
             self.load = load
-            self._publish(outputs, load)
+            self._sink.stepped(outputs, load)
+        if events := self._worker.drain_cache_events():
+            self._sink.cached(events)
         self.last_turn_s = started
 
     def _drain_inbox(self, block: bool) -> None:
@@ -110,7 +121,10 @@ class StepLoop:
                 if isinstance(item, _Stop):
                     self._stopping = True
                     return
-                self._worker.handle(item, self._clock())
+                if isinstance(item, SnapshotWanted):
+                    self._sink.snapshot(self._worker.cache_snapshot())
+                else:
+                    self._worker.handle(item, self._clock())
                 item = self._inbox.get_nowait()
         except queue.Empty:
             return

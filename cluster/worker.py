@@ -20,6 +20,7 @@ from kvbaton.decode_worker.scheduler import DecodeScheduler
 from kvbaton.engine.batch import SampledToken, ScheduledRow
 from kvbaton.engine.config import BatchConfig
 from kvbaton.engine.first_tokens import decode_first_tokens, encode_first_tokens
+from kvbaton.engine.kv_manager import CacheEvent, CacheSnapshot
 from kvbaton.engine.request import FinishReason, Request, TokenOutput
 from kvbaton.engine.sequence import Sequence, Status
 from kvbaton.engine.stopping import finish_reason
@@ -119,6 +120,12 @@ class Worker:
             cached_blocks=counts.cached,
             step_s=step_s,
         )
+
+    def drain_cache_events(self) -> list[CacheEvent]:
+        return self._engine.kv.drain_events()
+
+    def cache_snapshot(self) -> CacheSnapshot:
+        return self._engine.kv.snapshot()
 
     # ---- a request begins ---------------------------------------------------------------------------------------
 

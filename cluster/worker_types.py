@@ -16,7 +16,9 @@ class StepEngine(Protocol):
 
     kv: KVManager
     max_model_len: int
-    vocab_size: int
+
+    @property
+    def vocab_size(self) -> int: ...
 
     def run(self, rows: list[ScheduledRow]) -> StepResult: ...
 

@@ -1,0 +1,233 @@
+"""One engine as a service: weights and KV pool, step thread, transfer agent, session server, registry entry. No Ray.
+
+    ingress ── session server (event loop) ──> step loop (engine thread) ──> outputs back, one frame per ingress a step
+    peer    ── transfer agent (its own thread) ──> events into the same inbox
+    store   <── registration (a beat a second), prefix events
+
+Only the step loop's thread touches sequences and blocks; the event loop and the agent's thread exchange values with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field, replace
+
+from kvbaton.cluster.prefix_feed import PrefixPublisher
+from kvbaton.cluster.registry import Registration
+from kvbaton.cluster.session_server import SessionServer
+from kvbaton.cluster.session_types import Submit
+from kvbaton.cluster.step_loop import SnapshotWanted, StepCounters, StepLoop
+from kvbaton.cluster.store import Store
+from kvbaton.cluster.worker import Worker
+from kvbaton.cluster.worker_types import Abort, Submitted
+from kvbaton.engine.config import EngineConfig
+from kvbaton.engine.engine import Engine, configure_threads
+from kvbaton.engine.kv_manager import CacheEvent, CacheSnapshot
+from kvbaton.engine.request import TokenOutput
+from kvbaton.kvtransfer.agent import TransferAgent
+from kvbaton.kvtransfer.messages import Event
+from kvbaton.kvtransfer.settings import TransferSettings
+from kvbaton.kvtransfer.stats import TransferStats
+from kvbaton.kvtransfer.ucx import UcxTransport
+from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHostSettings:
+    """`secret` is shared by all engines and ingresses of a cluster; `host` is where both sockets listen."""
+
+    engine_id: str
+    generation: int
+    role: Role
+    engine: EngineConfig
+    secret: bytes = field(repr=False)
+    host: str = "127.0.0.1"
+    model_id: str = "model"
+    transfer: TransferSettings = field(default_factory=TransferSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for operators; nothing decides by it."""
+
+    info: EngineInfo
+    load: EngineLoad
+    counters: StepCounters
+    transfer: TransferStats
+    requests: int
+
+
+class EngineHost:
+    """Start, serve, change role, stop. All methods run on one event loop."""
+
+    def __init__(self, settings: EngineHostSettings, store: Store) -> None:
+        self._settings = settings
+        self._store = store
+        self._parts: _Parts | None = None
+        self._failure: asyncio.Future[str] | None = None
+
+    async def start(self) -> EngineInfo:
+        """Load the weights, listen on two free ports, register. Raises `ConfigError`, `StoreUnavailable`, `OSError`."""
+        loop = asyncio.get_running_loop()
+        self._failure = loop.create_future()
+        configure_threads(self._settings.engine.threads)
+        engine = await asyncio.to_thread(Engine.load, self._settings.engine)
+        self._parts = await _assemble(self, engine, self._settings, self._store)
+        log.info("engine %s generation %d is ready", self._settings.engine_id, self._settings.generation)
+        return self._parts.registration.info
+
+    async def set_role(self, role: Role) -> None:
+        """Announce a new role. Requests in progress go on: an engine can do both roles' work at any time."""
+        parts = self._started()
+        await parts.registration.update(replace(parts.registration.info, role=role))
+
+    async def stats(self) -> EngineStats:
+        parts = self._started()
+        return EngineStats(
+            info=parts.registration.info,
+            load=parts.steps.load,
+            counters=parts.steps.counters,
+            transfer=parts.agent.stats(),
+            requests=len(parts.worker.tracks),
+        )
+
+    async def failed(self) -> str:
+        """Returns, with the reason, when the engine can serve no longer though its process lives."""
+        if self._failure is None:
+            raise RuntimeError("the engine has not started")
+        return await asyncio.shield(self._failure)
+
+    async def stop(self) -> None:
+        """Leave the registry, end sessions, threads and sockets. Requests in progress are cut off."""
+        parts, self._parts = self._parts, None
+        if parts is None:
+            return
+        await parts.registration.stop()
+        await parts.prefixes.stop()
+        await parts.sessions.close()
+        await asyncio.to_thread(parts.steps.stop)
+        await asyncio.to_thread(parts.agent.close)
+
+    def _started(self) -> _Parts:
+        if self._parts is None:
+            raise RuntimeError("the engine has not started")
+        return self._parts
+
+    # ---- SessionHandler, on the event loop ------------------------------------------------------------------------
+
+    def submit(self, session_id: int, submit: Submit) -> None:
+        self._started().steps.put(Submitted(session_id, submit))
+
+    def abort(self, session_id: int, request_id: str, sample: int | None) -> None:
+        self._started().steps.put(Abort(session_id, request_id, sample))
+
+    def session_lost(self, session_id: int) -> None:
+        if self._parts is not None:
+            self._parts.steps.put(Abort(session_id, None))
+
+    async def fail(self, reason: str) -> None:
+        """The engine thread died: say so, and cut every session so that ingresses resume elsewhere at once."""
+        parts = self._started()
+        reason = f"engine thread died: {reason}"
+        await parts.sessions.close()
+        await parts.registration.update(replace(parts.registration.info, state=EngineState.UNHEALTHY, reason=reason))
+        if self._failure is not None and not self._failure.done():
+            self._failure.set_result(reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a started engine is made of."""
+
+    worker: Worker
+    steps: StepLoop
+    agent: TransferAgent
+    sessions: SessionServer
+    prefixes: PrefixPublisher
+    registration: Registration
+
+
+class _Publisher:
+    """Brings what the engine thread has to say to the event loop, one hop a step. Satisfies `StepSink`."""
+
+    def __init__(self, host: EngineHost, sessions: SessionServer, prefixes: PrefixPublisher) -> None:
+        self._host = host
+        self._sessions = sessions
+        self._prefixes = prefixes
+        self._loop = asyncio.get_running_loop()
+
+    def stepped(self, outputs: dict[int, list[TokenOutput]], load: EngineLoad) -> None:
+        self._loop.call_soon_threadsafe(self._send, outputs, load)
+
+    def cached(self, events: list[CacheEvent]) -> None:
+        self._loop.call_soon_threadsafe(self._prefixes.add, events)
+
+    def snapshot(self, snapshot: CacheSnapshot) -> None:
+        self._loop.call_soon_threadsafe(self._prefixes.snapshot, snapshot)
+
+    def crashed(self, error: BaseException) -> None:
+        asyncio.run_coroutine_threadsafe(self._host.fail(f"{type(error).__name__}: {error}"), self._loop)
+
+    def _send(self, outputs: dict[int, list[TokenOutput]], load: EngineLoad) -> None:
+        for session_id, tokens in outputs.items():
+            self._sessions.publish(session_id, tokens, load)
+        if not outputs:
+            self._sessions.publish_load(load)
+
+
+class _EventSink:
+    """The way into the step loop for parts that are made before it. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.steps: StepLoop | None = None
+
+    def __call__(self, event: Event) -> None:
+        if self.steps is not None:
+            self.steps.put(event)
+
+    def want_snapshot(self) -> None:
+        if self.steps is not None:
+            self.steps.put(SnapshotWanted())
+
+
+async def _assemble(host: EngineHost, engine: Engine, settings: EngineHostSettings, store: Store) -> _Parts:
+    sink = _EventSink()
+    agent = TransferAgent(
+        memory=engine.cache,
+        identity=settings,
+        transport=UcxTransport(engine.cache, settings.host),
+        secret=settings.secret,
+        compatibility=engine.compatibility(),
+        settings=settings.transfer,
+        on_event=sink,
+        clock=time.monotonic,
+    )
+    worker = Worker(engine, agent, settings.engine.batch)
+    sessions = SessionServer(host, settings.host, 0, settings.secret, settings.engine_id, settings.generation)
+    prefixes = PrefixPublisher(store, settings.engine_id, settings.generation, sink.want_snapshot)
+    steps = StepLoop(worker, _Publisher(host, sessions, prefixes))
+    sink.steps = steps
+    agent.start()
+    steps.start()
+    prefixes.start()
+    session_port = await sessions.start()
+    info = EngineInfo(
+        engine_id=settings.engine_id,
+        generation=settings.generation,
+        role=settings.role,
+        state=EngineState.READY,
+        host=settings.host,
+        session_port=session_port,
+        kv_port=agent.address().port,
+        model_id=settings.model_id,
+        max_model_len=engine.max_model_len,
+        block_size=engine.geometry.block_size,
+        num_blocks=engine.kv.num_blocks,
+    )
+    registration = Registration(store, info)
+    await registration.start()
+    return _Parts(worker, steps, agent, sessions, prefixes, registration)
