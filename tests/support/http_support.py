@@ -1,4 +1,4 @@
-"""What the HTTP tests stand on: a client that plays a script, the real tiny tokenizer, and callers without a network."""
+"""What the HTTP tests stand on: a client that plays a script, the real tiny tokenizer, callers without a network."""
 
 from __future__ import annotations
 
