@@ -32,12 +32,11 @@ def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[Words, Wor
     return c0, c1, c2, c3
 
 
-def uniforms(seeds: Sequence[int], samples: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.float64]:
-    """One number in [0, 1) with 53 random bits per (seed, sample index, sequence position)."""
+def draw_keys(seeds: Sequence[int], samples: Sequence[int], positions: Sequence[int]) -> npt.NDArray[np.uint64]:
+    """64 random bits per (seed, sample index, sequence position)."""
     seed = np.array([value & _MASK64 for value in seeds], dtype=np.uint64)
     position = np.array(positions, dtype=np.uint64)
     sample = np.array(samples, dtype=np.uint64)
     counter = (position & _LOW, position >> _32, sample & _LOW, sample >> _32)
     a, b, _, _ = philox4x32(counter, (seed & _LOW, seed >> _32))
-    bits = ((a >> np.uint64(5)) << np.uint64(26)) | (b >> np.uint64(6))
-    return bits * np.float64(2.0**-53)
+    return a | (b << _32)

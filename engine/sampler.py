@@ -1,9 +1,9 @@
 """Chooses the next token of each draw of a step.
 
     logits -> edits (bias, min_tokens, penalties) -> greedy: argmax
-                                                  -> random: weights, cuts, inverse of the cumulative distribution
+                                                  -> random: temperature, cuts, Gumbel-max
 
-Sample `i` of a request at sequence position `p` uses the one random number of (seed, i, p), so its tokens do not depend
+Sample `i` of a request at sequence position `p` uses the random bits of (seed, i, p) alone, so its tokens do not depend
 on the batch, the engine, or a resume. A row does only the work that its parameters ask for: greedy ones are one argmax.
 """
 
@@ -16,7 +16,7 @@ import torch
 from kvbaton.engine.batch import SampledToken
 from kvbaton.engine.logit_edits import edit_logits, needs_edits
 from kvbaton.engine.logprobs import token_logprobs
-from kvbaton.engine.philox import uniforms
+from kvbaton.engine.philox import draw_keys
 from kvbaton.engine.request import TokenLogprobs
 from kvbaton.engine.sequence import Sequence
 from kvbaton.engine.token_draw import draw_tokens
@@ -61,11 +61,11 @@ def _choose(logits: torch.Tensor, draws: list[Draw]) -> list[int]:
     if greedy:
         tokens[greedy] = edited[greedy].argmax(-1)
     drawn = [draws[i] for i in random]
-    numbers = uniforms(
+    keys = draw_keys(
         [d.seq.sampling.seed for d in drawn], [d.sample for d in drawn], [len(d.seq.tokens) for d in drawn]
     )
     rows = edited[random] if greedy else edited
-    tokens[random] = draw_tokens(rows, [d.seq.sampling for d in drawn], numbers)
+    tokens[random] = draw_tokens(rows, [d.seq.sampling for d in drawn], keys)
     chosen: list[int] = tokens.tolist()
     return chosen
 

@@ -1,8 +1,14 @@
-"""From logits to drawn tokens: temperature, min_p, top_k, top_p, then the inverse of the cumulative distribution.
+"""From logits to drawn tokens: temperature, min_p, top_k, top_p, then the Gumbel-max trick.
 
-Probabilities become integers (weight 2**44 for the most likely token) before anything is summed. Integer sums are the
-same in every order, so a draw does not depend on which kernel a batch size selects, on the device, or on neighbours.
-Cuts are by value, so that ties never depend on the order of a sort: tokens as likely as the last one kept stay too.
+    token = argmax over what the cuts keep of  logit / temperature + gumbel(draw's key, token id)
+
+draws from the softmax exactly. It is preferred to inverting the cumulative distribution because there every rounding
+error of every earlier token moves the border between two tokens; here an error of size e changes a draw with a
+probability of order e. A request recomputed elsewhere, in another batch, has such errors and must draw the same tokens.
+
+Nothing is summed but the weights of top_p, and those are integers (2**44 for the best token): the same in every order,
+so a row alone and a row in a batch are equal to the bit. Cuts are by value, so that ties do not depend on a sort:
+tokens as likely as the last one kept stay too.
 """
 
 from __future__ import annotations
@@ -15,72 +21,100 @@ import torch
 
 from kvbaton.engine.request import SamplingParams
 
-WEIGHT_BITS = 44  # 2**44 a token, up to 2**18 tokens: sums stay below 2**62
+WEIGHT_BITS = 44  # up to 2**18 tokens: sums stay below 2**62
 FIRST_GUESS = 256  # a nucleus is rarely larger; sorting the whole vocabulary is the slow way
+SLICE_ELEMENTS = 1 << 22  # rows * vocab handled at a time: bounds the float64 temporaries
 
 
 def draw_tokens(
-    logits: torch.Tensor, params: Seq[SamplingParams], uniforms: npt.NDArray[np.float64]
+    logits: torch.Tensor, params: Seq[SamplingParams], keys: npt.NDArray[np.uint64]
 ) -> torch.Tensor:  # [rows] int64
-    """One token a row of logits [rows, vocab], all with temperature above 0, by one uniform number in [0, 1) each."""
-    weights = token_weights(logits, params)
-    weights = keep_top_k(weights, [p.top_k for p in params])
-    weights = keep_top_p(weights, [p.top_p for p in params])
-    cumulative = weights.cumsum(-1)
-    total = cumulative[:, -1:]
-    at = (_column(uniforms, logits.device) * total.double()).long()
-    at = torch.minimum(at, total - 1)  # the product may round up to the total
-    return torch.searchsorted(cumulative, at, right=True).squeeze(1)
+    """One token a row of logits [rows, vocab], all with temperature above 0; `keys[i]` is the randomness of row i."""
+    step = max(1, SLICE_ELEMENTS // logits.shape[1])
+    parts = []
+    for at in range(0, logits.shape[0], step):
+        part = slice(at, at + step)
+        scores = kept_scores(logits[part], params[part])
+        parts.append((scores + gumbel_noise(keys[part], scores.shape[1], logits.device)).argmax(-1))
+    return torch.cat(parts)
 
 
-def token_weights(logits: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:
-    """Integer weights [rows, vocab] proportional to the probabilities, 2**44 for the best; 0 below `min_p`."""
-    shifted = logits.double()
-    shifted = shifted - shifted.amax(-1, keepdim=True)
-    relative = torch.exp(shifted / _column([p.temperature for p in params], logits.device))
+def kept_scores(logits: torch.Tensor, params: Seq[SamplingParams]) -> torch.Tensor:
+    """Log of the unnormalised probabilities [rows, vocab] float64, 0 for the best token, -inf for what is cut."""
+    scores = logits.double()
+    scores = (scores - scores.amax(-1, keepdim=True)) / _column([p.temperature for p in params], logits.device)
     if any(p.min_p > 0.0 for p in params):
-        relative = relative * (relative >= _column([p.min_p for p in params], logits.device))
-    return (relative * float(1 << WEIGHT_BITS)).long()
+        scores.masked_fill_(torch.exp(scores) < _column([p.min_p for p in params], logits.device), -torch.inf)
+    _cut_rows(scores, [row for row, p in enumerate(params) if 0 < p.top_k < logits.shape[1] or p.top_p < 1.0], params)
+    return scores
+
+
+def gumbel_noise(keys: npt.NDArray[np.uint64], vocab: int, device: torch.device) -> torch.Tensor:
+    """[rows, vocab] float64: the standard Gumbel variable of each (key, token id).
+
+    A key starts a SplitMix64 sequence (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014)
+    whose numbers belong to the token ids in order.
+    """
+    tokens = torch.arange(1, vocab + 1, device=device)
+    start = torch.from_numpy(keys.view(np.int64)).to(device).unsqueeze(1)
+    z = start + tokens * _signed(0x9E3779B97F4A7C15)
+    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    z = z ^ _shifted(z, 31)
+    uniform = (_shifted(z, 12).double() + 0.5) * 2.0**-52  # in (0, 1), never either end
+    return uniform.log_().neg_().log_().neg_()
 
 
 def keep_top_k(weights: torch.Tensor, top_k: Seq[int]) -> torch.Tensor:
     """Zero all but the k largest of each row of weights [rows, vocab]; k = 0 keeps all."""
     vocab = weights.shape[1]
-    rows = [row for row, k in enumerate(top_k) if 0 < k < vocab]
-    if not rows:
+    ks = [k if 0 < k < vocab else vocab for k in top_k]
+    widest = max((k for k in ks if k < vocab), default=0)
+    if not widest:
         return weights
-    ks = torch.tensor([[top_k[row]] for row in rows], device=weights.device)
-    chosen = weights[rows]
-    largest = chosen.topk(max(top_k[row] for row in rows), dim=-1).values
-    return _cut(weights, rows, chosen, largest.gather(1, ks - 1))
+    largest = weights.topk(widest, dim=-1).values
+    last = torch.tensor([[min(k, widest) - 1] for k in ks], device=weights.device)
+    least = largest.gather(1, last)
+    least.masked_fill_(torch.tensor([[k == vocab] for k in ks], device=weights.device), 0)
+    return weights * (weights >= least)
 
 
 def keep_top_p(weights: torch.Tensor, top_p: Seq[float]) -> torch.Tensor:
     """Zero all but the smallest set of largest weights that has at least the share p of each row's sum."""
-    rows = [row for row, p in enumerate(top_p) if p < 1.0]
-    if not rows:
+    if all(p >= 1.0 for p in top_p):
         return weights
-    chosen = weights[rows]
-    share = _column([top_p[row] for row in rows], weights.device)
-    wanted = (share * chosen.sum(-1, keepdim=True).double()).ceil().long().clamp_(min=1)  # [rows, 1]
-    guess = min(FIRST_GUESS, chosen.shape[1])
-    largest = chosen.topk(guess, dim=-1).values
-    if bool((largest.sum(-1, keepdim=True) < wanted).any()):
-        largest = chosen.sort(-1, descending=True).values
+    total = weights.sum(-1, keepdim=True)
+    wanted = (_column(top_p, weights.device) * total.double()).ceil().long()  # [rows, 1]
+    wanted = torch.minimum(wanted, total).clamp_(min=1)  # the product may round up past the total
+    largest = weights.topk(min(FIRST_GUESS, weights.shape[1]), dim=-1).values
+    whole = torch.tensor([[p >= 1.0] for p in top_p], device=weights.device)
+    if bool(((largest.sum(-1, keepdim=True) < wanted) & ~whole).any()):
+        largest = weights.sort(-1, descending=True).values
     last = (largest.cumsum(-1) < wanted).sum(-1, keepdim=True).clamp_(max=largest.shape[1] - 1)
-    return _cut(weights, rows, chosen, largest.gather(1, last))
+    return weights * (weights >= largest.gather(1, last).masked_fill_(whole, 0))
 
 
-def _cut(weights: torch.Tensor, rows: list[int], chosen: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
-    """Rows `rows` of weights replaced by `chosen` [len(rows), vocab] without what is below `least` [len(rows), 1]."""
-    kept = chosen * (chosen >= least)
-    if len(rows) == weights.shape[0]:
-        return kept
-    weights = weights.clone()
-    weights[rows] = kept
-    return weights
+def _cut_rows(scores: torch.Tensor, rows: list[int], params: Seq[SamplingParams]) -> None:
+    """Apply top_k, then top_p to what it leaves, to `rows` of scores [rows, vocab], in place."""
+    if not rows:
+        return
+    chosen = scores[rows]
+    weights = (torch.exp(chosen) * float(1 << WEIGHT_BITS)).long()
+    weights = keep_top_k(weights, [params[row].top_k for row in rows])
+    weights = keep_top_p(weights, [params[row].top_p for row in rows])
+    scores[rows] = chosen.masked_fill_(weights == 0, -torch.inf)
 
 
-def _column(values: Seq[float] | npt.NDArray[np.float64], device: torch.device) -> torch.Tensor:
+def _column(values: Seq[float], device: torch.device) -> torch.Tensor:
     """[rows, 1] float64."""
     return torch.tensor(values, dtype=torch.float64).unsqueeze(1).to(device)
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bits of a 64-bit constant whose top bit is set; products wrap to the same bits."""
+    return value - (1 << 64)
+
+
+def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift of int64 bits; torch's own copies the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvbaton.engine.philox import philox4x32, uniforms
+from kvbaton.engine.philox import draw_keys, philox4x32
 
 # Known answers of Philox4x32-10 from the authors' Random123 distribution (counter, key, result).
 VECTORS = [
@@ -29,20 +29,20 @@ def test_known_answers(counter: tuple[int, ...], key: tuple[int, ...], wanted: t
 
 def test_the_numbers_of_a_draw_never_change() -> None:
     """Guards resumed requests across versions: these are part of the protocol between engines."""
-    drawn = uniforms([0, 1, -1, 2**63 - 1], [0, 0, 3, 15], [1, 1, 7, 2**33])
+    drawn = draw_keys([0, 1, -1, 2**63 - 1], [0, 0, 3, 15], [1, 1, 7, 2**33])
     words = [(0, 1, 0), (1, 1, 0), (2**64 - 1, 7, 3), (2**63 - 1, 2**33, 15)]
     for value, (seed, position, sample) in zip(drawn.tolist(), words, strict=True):
         lanes = [position & 0xFFFFFFFF, position >> 32, sample, 0, seed & 0xFFFFFFFF, seed >> 32]
         c0, c1, c2, c3, k0, k1 = (np.array([lane], dtype=np.uint64) for lane in lanes)
         a, b, *_ = (int(word[0]) for word in philox4x32((c0, c1, c2, c3), (k0, k1)))
-        assert value == ((a >> 5) * 2**26 + (b >> 6)) / 2**53
+        assert value == a + (b << 32)
 
 
 def test_alone_or_in_a_batch_is_the_same_number() -> None:
     """Guards independence of the batch."""
     seeds, samples, positions = [5, 5, 6, -9], [0, 1, 0, 2], [10, 10, 10, 4]
-    together = uniforms(seeds, samples, positions).tolist()
-    alone = [uniforms([s], [i], [p]).item() for s, i, p in zip(seeds, samples, positions, strict=True)]
+    together = draw_keys(seeds, samples, positions).tolist()
+    alone = [draw_keys([s], [i], [p]).item() for s, i, p in zip(seeds, samples, positions, strict=True)]
     assert together == alone
     assert len(set(together)) == 4
 
@@ -52,9 +52,8 @@ def test_uniform_in_every_coordinate() -> None:
     count = 20_000
     line = list(range(count))
     zeros = [0] * count
-    for drawn in (uniforms(line, zeros, zeros), uniforms(zeros, line, zeros), uniforms(zeros, zeros, line)):
-        assert drawn.min() >= 0.0
-        assert drawn.max() < 1.0
+    for keys in (draw_keys(line, zeros, zeros), draw_keys(zeros, line, zeros), draw_keys(zeros, zeros, line)):
+        drawn = keys / 2.0**64
         cells = np.bincount((drawn * 20).astype(int), minlength=20)
         assert ((cells - count / 20) ** 2 / (count / 20)).sum() < 43.8  # chi-squared, 19 degrees, p = 0.001
         assert abs(np.corrcoef(drawn[:-1], drawn[1:])[0, 1]) < 0.03

@@ -9,7 +9,7 @@ import torch
 
 from kvbaton.engine import sampler
 from kvbaton.engine.batch import SampledToken
-from kvbaton.engine.philox import uniforms
+from kvbaton.engine.philox import draw_keys
 from kvbaton.engine.request import Request, SamplingParams, TokenLogprobs
 from kvbaton.engine.sampler import Draw, sample_tokens
 from kvbaton.engine.sequence import Sequence
@@ -87,7 +87,7 @@ def test_a_greedy_batch_is_one_argmax(monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*_: object) -> None:
         raise AssertionError("a plain greedy batch must not come here")
 
-    for name in ("uniforms", "draw_tokens", "edit_logits", "token_logprobs"):
+    for name in ("draw_keys", "draw_tokens", "edit_logits", "token_logprobs"):
         monkeypatch.setattr(sampler, name, forbidden)
     logits = logits_of(4)
     seqs = [sequence([1, 2], temperature=0.0, min_tokens=1) for _ in range(4)]
@@ -103,7 +103,7 @@ def test_the_number_of_a_draw_is_seed_sample_position() -> None:
     seq = sequence([1, 2, 3], [4, 5], temperature=1.0, seed=77)
     drawn = sample_tokens(logits, [Draw(seq, sample, 0) for sample in range(16)])
     params = [seq.sampling] * 16
-    wanted = draw_tokens(logits.expand(16, -1), params, uniforms([77] * 16, range(16), [5] * 16))
+    wanted = draw_tokens(logits.expand(16, -1), params, draw_keys([77] * 16, range(16), [5] * 16))
     assert [one.token_id for one in drawn] == wanted.tolist()
     assert len({one.token_id for one in drawn}) > 4
 
