@@ -71,6 +71,7 @@ class ClusterClient:
         self._flights: dict[str, Flight] = {}
         self._closing = False
         self._attempts: dict[str, Attempt] = {}  # by the request id that the engines know
+        self._links_changed = asyncio.Event()
 
     async def start(self) -> None:
         """Follow the membership list, which the caller starts and closes; connecting goes on in the background."""
@@ -125,15 +126,25 @@ class ClusterClient:
         missing = {Role.PREFILL, Role.DECODE} - connected
         return Role.HYBRID in connected or not (missing & listed)
 
+    async def wait_ready(self) -> None:
+        """Returns when `ready` is true; there is no limit but the caller's."""
+        while not self.ready():
+            await self._links_changed.wait()
+
     # -- LinkEvents --
 
     def connected(self, session: SessionClient, info: EngineInfo, load: EngineLoad) -> None:
         self.router.add(info)
         self.router.observe(info.engine_id, load)
-        self._retry_parked()
+        self._tell_links_changed()
 
     def changed(self, info: EngineInfo) -> None:
         self.router.add(info)
+        self._tell_links_changed()
+
+    def _tell_links_changed(self) -> None:
+        self._links_changed.set()
+        self._links_changed = asyncio.Event()
         self._retry_parked()
 
     def removed(self, engine_id: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
@@ -28,6 +29,8 @@ from kvbaton.router.router import Router
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+_ENGINE_WAIT_S = 20.0
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +74,7 @@ class Ingress:
         await membership.start()
         client = _client(membership, settings)
         await client.start()
+        await _wait_for_engines(client)
         prefixes = PrefixFollower(store, client.router.index)
         membership.subscribe(prefixes.follow)
         prefixes.start()
@@ -87,6 +91,14 @@ class Ingress:
         await self._prefixes.close()
         await self._membership.close()
         await self._store.close()
+
+
+async def _wait_for_engines(client: ClusterClient) -> None:
+    """A replica that takes requests should be able to serve them; without engines it starts all the same."""
+    try:
+        await asyncio.wait_for(client.wait_ready(), _ENGINE_WAIT_S)
+    except TimeoutError:
+        log.warning("no engine could be reached within %g s; serving goes on when one can", _ENGINE_WAIT_S)
 
 
 def _client(membership: Membership, settings: IngressSettings) -> ClusterClient:

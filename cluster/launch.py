@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -82,6 +82,7 @@ def serve(config: ClusterConfig, screen: Screen) -> int:
 
 def _start_base(config: ClusterConfig, screen: Screen, stack: ExitStack) -> Launch:
     """Checks, the shared state and Ray."""
+    config = _with_port(config)
     with screen.step("checks", "model, port, devices") as step:
         preflight = check_launch(config)
         pools = config.pools
@@ -98,6 +99,13 @@ def _start_base(config: ClusterConfig, screen: Screen, stack: ExitStack) -> Laun
         step.result = config.ray.address or f"private cluster in {run_dir}"
     secret = (config.security.cluster_secret or secrets.token_hex(32)).encode()
     return Launch(config, preflight, run_dir, StoreAddress(store_url, config.store.prefix), secret)
+
+
+def _with_port(config: ClusterConfig) -> ClusterConfig:
+    """Port 0 asks for any that is free."""
+    if config.http.port != 0:
+        return config
+    return replace(config, http=replace(config.http, port=ray_cluster.free_ports(1)[0]))
 
 
 def _open_store(config: ClusterConfig, stack: ExitStack) -> tuple[str, str]:
