@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 from kvbaton.cluster.session_fields import WireError
 from kvbaton.cluster.session_handshake import MAX_HANDSHAKE_BYTES, HandshakeRefused
@@ -91,9 +91,7 @@ class FramedConnection(asyncio.Protocol):
     # -- asyncio.Protocol --
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if not isinstance(transport, asyncio.Transport):
-            raise TypeError(f"a session needs a stream transport, got {type(transport).__name__}")
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's has the methods and is no subclass
         self.remote = "{}:{}".format(*transport.get_extra_info("peername", ("?", 0))[:2])
         loop = asyncio.get_running_loop()
         self._heard_at = loop.time()
