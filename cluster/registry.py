@@ -32,6 +32,7 @@ HEARTBEAT_S = 1.0
 TTL_S = 3.0
 POLL_S = 0.5
 MAX_BACKOFF_S = 5.0
+_CANCEL_AGAIN_S = 0.2
 ENGINES = "engines/"
 CHANGES = "engine-changes"  # stream: an event for each change but beats, so that watchers look at once
 _MAX_CHANGES = 64
@@ -100,8 +101,7 @@ class Registration:
     async def stop(self) -> None:
         """Leave the list at once."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+            await end_task(self._task)
         self.info = dataclasses.replace(self.info, state=EngineState.DEAD)
         await self._try(self._write(announce=True))
 
@@ -124,6 +124,13 @@ class Registration:
         await self._store.put(key, encode_entry(self.info, self._beat), self._ttl_s)
         if announce:
             await self._store.append(CHANGES, self.info.engine_id.encode(), _MAX_CHANGES)
+
+
+async def end_task(task: asyncio.Task[None]) -> None:
+    """Cancel until it is done: a client library in between may swallow a cancellation that meets a reply."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=_CANCEL_AGAIN_S)
 
 
 class Outage:
@@ -188,8 +195,7 @@ class Membership:
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+            await end_task(self._task)
 
     async def look(self) -> None:
         """Read the entries once and tell the listeners what changed. Raises `StoreUnavailable`."""

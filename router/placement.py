@@ -1,9 +1,9 @@
 """Where a request runs: the policy, as pure functions over views of the engines.
 
-Predicted seconds until the first token, plus what the rest is expected to take:
+Predicted seconds until the first token, plus what the rest is expected to take, plus the compute once more as work:
 
-    pair(p, d)   queue(p) + compute(p, uncached on p) + transfer tail(p -> d)   + tokens x step(d)
-    local(e)     queue(e) + compute(e, uncached on e)                           + tokens x step(e)
+    pair(p, d)   queue(p) + 2 x compute(p, uncached on p) + transfer tail(p -> d)   + tokens x step(d)
+    local(e)     queue(e) + 2 x compute(e, uncached on e)                           + tokens x step(e)
 
 Candidates are each pair and each hybrid engine; and each decode engine on which so little of the prompt is uncached
 that a transfer is not worth it, which then takes the place of its pairs. Where a role has no engine left, the other
@@ -30,6 +30,7 @@ class RouterConfig:
     expected_output_tokens: int = 64  # of a request that allows more
     transfer_s_per_token: float = 5e-6
     transfer_tail_tokens: int = 512  # about one chunk: what is sent after the last compute
+    work_weight: float = 1.0  # how much a second of compute costs besides the waiting
     no_room_s: float = 1.0  # added for a decode engine without blocks for the prompt
     tie_fraction: float = 1e-6
     prefill_s_per_token: float = 1e-3
@@ -168,8 +169,14 @@ def _local(candidate: Candidate, demand: Demand, config: RouterConfig) -> _Optio
 def _first_token_s(candidate: Candidate, demand: Demand, config: RouterConfig) -> float:
     view = candidate.view
     uncached = max(1, demand.context_tokens - candidate.cached_tokens)
-    cost_s = view.times.prefill_s(view.queued_prefill_tokens + uncached)
+    cost_s = view.times.prefill_s(view.queued_prefill_tokens) + _work_s(view, uncached, config)
     return cost_s + config.avoid_s if candidate.avoided else cost_s
+
+
+def _work_s(view: EngineView, uncached: int, config: RouterConfig) -> float:
+    """Compute counts as waiting and again as work that others wait for. Without that, a sibling of a prompt that is
+    being computed would gain nothing by waiting for it, and all would scatter."""
+    return (1 + config.work_weight) * view.times.prefill_s(uncached)
 
 
 def _rest_s(candidate: Candidate, demand: Demand, config: RouterConfig) -> float:

@@ -37,6 +37,7 @@ class Booking:
     """The router's note of one request in flight. `first_token` and `release` may be called once too often."""
 
     placement: Placement
+    hashes: list[BlockHash]  # of the context, as the decode engine cuts it into blocks
     prefill: EngineView
     decode: EngineView
     prefill_tokens: int
@@ -126,19 +127,30 @@ class Router:
         prefill, decode = self._view_of(prefill_info), self._view_of(decode_info)
         samples = len(request.sample_indices)
         booking = Booking(
-            placement, prefill, decode, tokens - cached, tokens, samples, prefill.queued_prefill_tokens, now
+            placement,
+            hashes.of(decode_info.block_size),
+            prefill,
+            decode,
+            tokens - cached,
+            tokens,
+            samples,
+            prefill.queued_prefill_tokens,
+            now,
         )
         prefill.own_prefill_tokens += booking.prefill_tokens
         decode.own_requests += samples
         decode.own_context_tokens += tokens * samples
-        for info in {prefill_info.engine_id: prefill_info, decode_info.engine_id: decode_info}.values():
-            self.index.placed(info.engine_id, hashes.of(info.block_size), now)
+        self.index.placed(prefill_info.engine_id, hashes.of(prefill_info.block_size), now)
         return booking
 
     def first_token(self, booking: Booking) -> None:
-        """The prompt is computed: it queues no more, and shows how fast the engine is."""
+        """The prompt is computed: it queues no more, shows how fast the engine is, and lands on the decode engine (not
+        before: a sibling sent there earlier would be computed there)."""
         if booking.live and booking.prefilling:
-            elapsed_s = self._clock() - booking.booked_at
+            now = self._clock()
+            elapsed_s = now - booking.booked_at
+            if booking.decode is not booking.prefill:
+                self.index.placed(booking.decode.info.engine_id, booking.hashes, now)
             booking.prefill.times.observe_prefill(booking.queued_before + booking.prefill_tokens, elapsed_s)
             self._prefill_over(booking)
 
