@@ -22,15 +22,17 @@ import torch
 from kvbaton.engine.request import SamplingParams
 
 WEIGHT_BITS = 44  # up to 2**18 tokens: sums stay below 2**62
-FIRST_GUESS = 256  # a nucleus is rarely larger; sorting the whole vocabulary is the slow way
-SLICE_ELEMENTS = 1 << 22  # rows * vocab handled at a time: bounds the float64 temporaries
+FIRST_GUESS = 256  # tokens in a nucleus; GROWTH times as many are looked at where they do not suffice
+GROWTH = 16
+CPU_SLICE = 1 << 18  # rows * vocab handled at a time: float64 temporaries that stay in a core's cache
+GPU_SLICE = 1 << 23  # and that stay small beside the model
 
 
 def draw_tokens(
     logits: torch.Tensor, params: Seq[SamplingParams], keys: npt.NDArray[np.uint64]
 ) -> torch.Tensor:  # [rows] int64
     """One token a row of logits [rows, vocab], all with temperature above 0; `keys[i]` is the randomness of row i."""
-    step = max(1, SLICE_ELEMENTS // logits.shape[1])
+    step = max(1, (GPU_SLICE if logits.is_cuda else CPU_SLICE) // logits.shape[1])
     parts = []
     for at in range(0, logits.shape[0], step):
         part = slice(at, at + step)
@@ -86,12 +88,21 @@ def keep_top_p(weights: torch.Tensor, top_p: Seq[float]) -> torch.Tensor:
     total = weights.sum(-1, keepdim=True)
     wanted = (_column(top_p, weights.device) * total.double()).ceil().long()  # [rows, 1]
     wanted = torch.minimum(wanted, total).clamp_(min=1)  # the product may round up past the total
-    largest = weights.topk(min(FIRST_GUESS, weights.shape[1]), dim=-1).values
     whole = torch.tensor([[p >= 1.0] for p in top_p], device=weights.device)
-    if bool(((largest.sum(-1, keepdim=True) < wanted) & ~whole).any()):
-        largest = weights.sort(-1, descending=True).values
+    largest = _largest(weights, wanted.masked_fill(whole, 0))
     last = (largest.cumsum(-1) < wanted).sum(-1, keepdim=True).clamp_(max=largest.shape[1] - 1)
     return weights * (weights >= largest.gather(1, last).masked_fill_(whole, 0))
+
+
+def _largest(weights: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The largest of each row of weights [rows, vocab], in order: enough of them to reach `wanted` [rows, 1]."""
+    vocab = weights.shape[1]
+    count = min(FIRST_GUESS, vocab)
+    while True:
+        largest = weights.topk(count, dim=-1).values
+        if count == vocab or bool((largest.sum(-1, keepdim=True) >= wanted).all()):
+            return largest
+        count = min(count * GROWTH, vocab)
 
 
 def _cut_rows(scores: torch.Tensor, rows: list[int], params: Seq[SamplingParams]) -> None:

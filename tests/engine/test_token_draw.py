@@ -60,7 +60,7 @@ def test_top_k_of_the_whole_vocabulary_cuts_nothing(k: int) -> None:
 @pytest.mark.parametrize("p", [0.01, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("guess", [4, 256, VOCAB])
 def test_top_p_equals_transformers(monkeypatch: pytest.MonkeyPatch, p: float, guess: int) -> None:
-    """Guards the nucleus, whether the first guess of its size suffices or the whole row must be sorted."""
+    """Guards the nucleus, whether the first guess of its size suffices, a larger one, or only the whole row."""
     monkeypatch.setattr(token_draw, "FIRST_GUESS", guess)
     logits = logits_of(3)
     assert torch.equal(kept(logits, top_p=p), TopPLogitsWarper(p)(None, logits).isfinite())
@@ -147,7 +147,7 @@ def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards large batches, which are drawn a few rows at a time."""
     logits, rows, keys = logits_of(7), [params(top_p=0.5 + i / 20) for i in range(7)], keys_of(7)
     whole = draw_tokens(logits, rows, keys).tolist()
-    monkeypatch.setattr(token_draw, "SLICE_ELEMENTS", 2 * VOCAB)
+    monkeypatch.setattr(token_draw, "CPU_SLICE", 2 * VOCAB)
     assert draw_tokens(logits, rows, keys).tolist() == whole
 
 
