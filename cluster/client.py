@@ -21,6 +21,7 @@ from kvbaton.cluster.client_types import EngineLost, NoEngines, Overloaded
 from kvbaton.cluster.registry import Membership
 from kvbaton.cluster.session_client import SessionClient, SessionLost
 from kvbaton.cluster.session_connection import SessionLimits
+from kvbaton.cluster.session_requests import check_sendable
 from kvbaton.cluster.session_types import Leg, Submit
 from kvbaton.engine.request import InvalidRequest, Request, TokenOutput
 from kvbaton.kvtransfer.messages import PeerAddress
@@ -93,6 +94,7 @@ class ClusterClient:
 
     async def generate(self, request: Request) -> AsyncIterator[list[TokenOutput]]:
         """See `GenerationClient`."""
+        check_sendable(request)
         if request.request_id in self._flights:
             raise InvalidRequest(f"a request with id {request.request_id!r} is in flight")
         flight = Flight(request)

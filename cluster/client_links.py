@@ -76,7 +76,7 @@ class EngineLinks:
                 self._end(link, _reason(link.info, listed.get(engine_id)))
             elif info != link.info:
                 link.info = info
-                if link.session is not None:
+                if link.session is not None and link.session.connected:
                     self._events.changed(info)
         for engine_id, info in wanted.items():
             if engine_id not in self._links:

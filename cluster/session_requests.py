@@ -9,13 +9,40 @@ from typing import Any
 
 from kvbaton.cluster.session_fields import WireError, index_below, natural, number, sized, text
 from kvbaton.cluster.session_types import Leg, Submit
-from kvbaton.engine.request import MAX_SAMPLES, Request, SamplingParams
+from kvbaton.engine.request import MAX_SAMPLES, InvalidRequest, Request, SamplingParams
 from kvbaton.kvtransfer.messages import PeerAddress
 
 MAX_ID_CHARS = 256
 MAX_SALT_CHARS = 4096
+MAX_LIST = 1 << 16
+RESUME_SUFFIX_CHARS = 32  # what a resume may add to a request id
 
 _LEGS = tuple(Leg)
+
+
+def check_sendable(request: Request) -> None:
+    """Raise `InvalidRequest` for what an engine would refuse as malformed: there it costs the session, here one reply.
+
+    Values a client may choose freely are the point; ranges are `SamplingParams.check`'s business.
+    """
+    _check_text("request_id", request.request_id, MAX_ID_CHARS - RESUME_SUFFIX_CHARS)
+    _check_text("cache_salt", request.cache_salt, MAX_SALT_CHARS)
+    for name in ("logit_bias", "stop_token_ids"):
+        entries = len(getattr(request.sampling, name))
+        if entries > MAX_LIST:
+            raise InvalidRequest(f"{name} has {entries} entries; at most {MAX_LIST} are allowed", name)
+    context = request.context
+    if context and not 0 <= min(context) <= max(context) < 1 << 32:
+        raise InvalidRequest("token ids must be integers in [0, 4294967296)", "prompt")
+
+
+def _check_text(name: str, value: str, max_chars: int) -> None:
+    if len(value) > max_chars:
+        raise InvalidRequest(f"{name} has {len(value)} characters; at most {max_chars} are allowed", name)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{name} is not valid Unicode", name) from None
 
 
 def submit_fields(submit: Submit) -> list[object]:

@@ -9,7 +9,7 @@ import pytest
 
 from kvbaton.cluster.client_types import NoEngines, Overloaded
 from kvbaton.cluster.session_types import Leg
-from kvbaton.engine.request import FinishReason, InvalidRequest
+from kvbaton.engine.request import FinishReason, InvalidRequest, SamplingParams
 from kvbaton.kvtransfer.messages import PeerAddress
 from kvbaton.router.engine_info import EngineLoad, EngineState, Role
 from kvbaton.router.placement import RouterConfig
@@ -234,6 +234,33 @@ async def test_request_id_in_flight_is_refused() -> None:
         with pytest.raises(InvalidRequest, match="in flight"):
             await anext(c.client.generate(request))
         c["h0"].tokens(request, [0], last=0)
+        await stream.end()
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"request_id": "x" * 225}, "request_id"),
+        ({"cache_salt": "x" * 4097}, "cache_salt"),
+        ({"cache_salt": "\ud800"}, "cache_salt"),
+        ({"prompt": (1, -1)}, "prompt"),
+        ({"prompt": (1, 1 << 32)}, "prompt"),
+        ({"sampling": SamplingParams(1, stop_token_ids=(1,) * 65_537)}, "stop_token_ids"),
+        ({"sampling": SamplingParams(1, logit_bias=((1, 0.0),) * 65_537)}, "logit_bias"),
+    ],
+)
+async def test_what_an_engine_would_call_malformed_never_leaves(changes: dict[str, object], param: str) -> None:
+    """One client's odd values must not cost the session that all requests of this ingress share."""
+    async with cluster(0, 0, hybrid=1) as c:
+        with pytest.raises(InvalidRequest) as refusal:
+            await anext(c.client.generate(replace(make_request(), **changes)))  # type: ignore[arg-type]
+        assert refusal.value.param == param
+        largest = make_request("x" * 224, max_tokens=1)
+        stream = Stream(c.client, replace(largest, cache_salt="\u20ac" * 4096))
+        submit = await c["h0"].next_submit()
+        c["h0"].send(failure(submit.request, 0, "again"))
+        again = await c["h0"].next_submit(2)  # the longest id still fits with a resume's suffix
+        c["h0"].tokens(again.request, [0], last=0)
         await stream.end()
 
 
