@@ -1,0 +1,248 @@
+"""A whole cluster in one thread: toy engines, real workers, real transfer agents on loopback, a hand-moved clock.
+
+Nothing happens by itself: a test steps workers, polls agents and moves the clock in any order it likes. The ingress is
+a model of the real one: it keeps prompt and tokens, drops duplicates, and resumes a request when its engine fails.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+
+from kvbaton.cluster.session_types import Leg, Submit
+from kvbaton.cluster.worker import Worker
+from kvbaton.cluster.worker_types import Abort, Item, Submitted
+from kvbaton.engine.config import BatchConfig
+from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenOutput
+from kvbaton.kvtransfer.agent import TransferAgent
+from kvbaton.kvtransfer.loopback import LoopbackNetwork, LoopbackTransport
+from kvbaton.kvtransfer.messages import PeerAddress
+from kvbaton.kvtransfer.settings import TransferSettings
+from support.toy_engine import ToyEngine, expected_tokens
+
+SESSION = 1
+SECRET = b"toy secret"
+BLOCK_SIZE = 4
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Node:
+    """One engine incarnation."""
+
+    def __init__(self, name: str, generation: int, network: LoopbackNetwork, clock: Clock, num_blocks: int) -> None:
+        self.name = name
+        self.engine = ToyEngine(num_blocks, BLOCK_SIZE)
+        self.transport = LoopbackTransport(network, self.engine)
+        self.inbox: deque[Item] = deque()
+        identity = PeerAddress(name, generation, "loopback", 0)
+        self.agent = TransferAgent(
+            memory=self.engine,
+            identity=identity,
+            transport=self.transport,
+            secret=SECRET,
+            compatibility=(("model", "toy"),),
+            settings=TransferSettings(),
+            on_event=self.inbox.append,
+            clock=clock,
+        )
+        self.transport.open()
+        self.worker = Worker(self.engine, self.agent, BatchConfig(max_tokens_per_step=24, prefill_chunk_tokens=8))
+        self.clock = clock
+        self.alive = True
+
+    @property
+    def address(self) -> PeerAddress:
+        return self.agent.address()
+
+    def poll(self) -> bool:
+        return self.alive and self.agent.poll()
+
+    def step(self) -> list[TokenOutput]:
+        """Inbox, then one engine step; what it published."""
+        if not self.alive:
+            return []
+        while self.inbox:
+            self.worker.handle(self.inbox.popleft(), self.clock())
+        self.worker.step(self.clock())
+        return [output for outputs in self.worker.take_outputs().values() for output in outputs]
+
+    def die(self) -> None:
+        """As SIGKILL: sockets close, nothing else happens here any more."""
+        self.alive = False
+        self.transport.close()
+
+    def assert_clean(self) -> None:
+        self.engine.kv.check()
+        assert self.engine.kv.counts().held == 0, f"{self.name} holds blocks: {self.engine.kv.counts()}"
+        assert not len(self.worker.tracks), f"{self.name} still tracks requests"
+        assert not len(self.worker.outgoing), f"{self.name} has outgoing hand-offs"
+        assert not len(self.worker.landings), f"{self.name} has landings"
+        stats = self.agent.stats()
+        assert (stats.sending, stats.receiving, stats.quarantined_blocks) == (0, 0, 0)
+
+
+@dataclass
+class Stream:
+    """What the client of one request sees. `legs` are the engines that work on it now, by name."""
+
+    request: Request  # as submitted last
+    original: Request
+    tokens: dict[int, list[int]]
+    early: list[TokenOutput] = field(default_factory=list)
+    done: dict[int, FinishReason] = field(default_factory=dict)
+    aborted: bool = False
+    legs: tuple[str, ...] = ()
+
+    @property
+    def over(self) -> bool:
+        return self.aborted or len(self.done) == len(self.original.sample_indices)
+
+    def assert_exact(self) -> None:
+        """Tokens so far are a prefix of the fault-free run's, and all of it at the end."""
+        sampling = self.original.sampling
+        for sample, tokens in self.tokens.items():
+            whole = expected_tokens(self.original.prompt, sampling.max_tokens, sampling.seed, sample)
+            assert tokens == whole[: len(tokens)], f"{self.original.request_id} sample {sample}"
+            if sample in self.done:
+                assert tokens == whole
+
+
+class ToyCluster:
+    """Nodes by name, and streams by request id."""
+
+    def __init__(self, num_blocks: int = 40) -> None:
+        self.clock = Clock()
+        self.network = LoopbackNetwork()
+        self.num_blocks = num_blocks
+        self.nodes: dict[str, Node] = {}
+        self.streams: dict[str, Stream] = {}
+        self.generations: dict[str, int] = {}
+
+    def start(self, name: str) -> Node:
+        """Start an engine, or a new generation of one that died."""
+        self.generations[name] = self.generations.get(name, 0) + 1
+        self.nodes[name] = Node(name, self.generations[name], self.network, self.clock, self.num_blocks)
+        return self.nodes[name]
+
+    def submit(self, name: str, prompt: tuple[int, ...], max_tokens: int, legs: tuple[str, ...], n: int = 1) -> Stream:
+        """`legs` is (engine,) for a local request or (prefill, decode)."""
+        request = Request(name, prompt, SamplingParams(max_tokens=max_tokens, n=n), tuple(range(n)))
+        stream = Stream(request, request, {sample: [] for sample in request.sample_indices})
+        self.streams[name] = stream
+        self._send(stream, legs)
+        return stream
+
+    def abort(self, stream: Stream) -> None:
+        stream.aborted = True
+        self._abort_legs(stream)
+
+    def kill(self, name: str) -> None:
+        """The engine dies; its ingress sessions are lost at once, its peers find out by themselves."""
+        self.nodes[name].die()
+        for stream in self.streams.values():
+            if name in stream.legs and not stream.over:
+                self.resume(stream)
+
+    def resume(self, stream: Stream) -> None:
+        """Go on elsewhere with the first unfinished sample; the others follow one by one."""
+        self._abort_legs(stream)
+        live = [name for name, node in self.nodes.items() if node.alive]
+        stream.early = []
+        stream.legs = ()
+        if not live:
+            return
+        unfinished = [s for s in stream.tokens if s not in stream.done]
+        sample = unfinished[0]
+        epoch = stream.request.epoch + 1
+        stream.request = replace(
+            stream.original, sample_indices=(sample,), emitted=tuple(stream.tokens[sample]), epoch=epoch
+        )
+        self._send(stream, (live[epoch % len(live)],))
+
+    def step(self, name: str) -> None:
+        for output in self.nodes[name].step():
+            self._take(name, output)
+
+    def settle(self, rounds: int = 4000) -> None:
+        """Run everything until nothing is open; the clock moves, so that what only time can end ends too."""
+        for turn in range(rounds):
+            for name in list(self.nodes):
+                self.nodes[name].poll()
+                self.step(name)
+            for stream in self.streams.values():
+                if not stream.over and not stream.legs:
+                    self.resume(stream)
+            if turn % 8 == 0:
+                self.clock.now += 0.2
+            if self.quiet():
+                return
+        raise AssertionError(f"never quiet: {[s for s in self.streams.values() if not s.over]}")
+
+    def quiet(self) -> bool:
+        nodes = [node for node in self.nodes.values() if node.alive]
+        return all(stream.over for stream in self.streams.values()) and all(
+            not node.inbox
+            and not len(node.worker.tracks)
+            and not len(node.worker.outgoing)
+            and not len(node.worker.landings)
+            and not (node.agent.stats().sending or node.agent.stats().receiving)
+            for node in nodes
+        )
+
+    def assert_clean(self) -> None:
+        for node in self.nodes.values():
+            if node.alive:
+                node.assert_clean()
+        for stream in self.streams.values():
+            stream.assert_exact()
+
+    def _send(self, stream: Stream, legs: tuple[str, ...]) -> None:
+        stream.legs = legs
+        if len(legs) == 1:
+            self._put(legs[0], Submitted(SESSION, Submit(stream.request, Leg.LOCAL)))
+            return
+        prefill, decode = legs
+        self._put(decode, Submitted(SESSION, Submit(stream.request, Leg.DECODE, self.nodes[prefill].address)))
+        self._put(prefill, Submitted(SESSION, Submit(stream.request, Leg.PREFILL, self.nodes[decode].address)))
+
+    def _put(self, name: str, item: Item) -> None:
+        if self.nodes[name].alive:
+            self.nodes[name].inbox.append(item)
+
+    def _abort_legs(self, stream: Stream) -> None:
+        for name in stream.legs:
+            self._put(name, Abort(SESSION, stream.request.request_id))
+
+    def _take(self, name: str, output: TokenOutput) -> None:
+        stream = self.streams[output.request_id]
+        if stream.over or output.epoch != stream.request.epoch or output.sample in stream.done:
+            return
+        if output.finish is FinishReason.ERROR:
+            decoding = len(stream.legs) == 2 and name == stream.legs[0] and self._decoded(stream)
+            if not decoding:
+                self.resume(stream)
+            return
+        stream.early.append(output)
+        self._deliver(stream)
+        if not stream.over and all(s in stream.done for s in stream.request.sample_indices):
+            self.resume(stream)  # the other samples of a request that was resumed
+
+    def _decoded(self, stream: Stream) -> bool:
+        """Whether decode has sent a token: what prefill says of the hand-off then no longer matters."""
+        return any(len(tokens) > len(stream.request.emitted) + 1 for tokens in stream.tokens.values())
+
+    def _deliver(self, stream: Stream) -> None:
+        for output in sorted(stream.early, key=lambda o: o.index):
+            tokens = stream.tokens[output.sample]
+            if output.index == len(tokens) and output.token_id is not None:
+                tokens.append(output.token_id)
+                stream.early.remove(output)
+                if output.finish is not None:
+                    stream.done[output.sample] = output.finish
