@@ -56,8 +56,8 @@ class ChatEndpoint:
 
 def token_budget(body: ChatRequest) -> TokenBudget:
     if body.max_completion_tokens is not None:
-        return TokenBudget(body.max_completion_tokens, "max_completion_tokens")
-    return TokenBudget(body.max_tokens)
+        return TokenBudget(body.max_completion_tokens, "max_completion_tokens", prompt_field="messages")
+    return TokenBudget(body.max_tokens, prompt_field="messages")
 
 
 def logprob_depth(body: ChatRequest) -> LogprobDepth:

@@ -17,6 +17,7 @@ from kvbaton.engine.request import InvalidRequest
 
 # Names that pydantic adds to a location for the branch of a union; they name no field of the client's JSON.
 _UNION_BRANCHES = frozenset({"str", "int", "float", "bool", "list[str]", "list[int]", "dict[str,any]"})
+MAX_MESSAGE_CHARS = 1000  # a message may quote what the client sent
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
@@ -35,7 +36,12 @@ class ErrorBody:
         return _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
     def json(self) -> bytes:
-        fields = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        fields = {
+            "message": self.message[:MAX_MESSAGE_CHARS],
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
         return orjson.dumps({"error": fields})
 
     def headers(self) -> dict[str, str]:

@@ -7,6 +7,8 @@ Wrapping `send` costs well under a microsecond a token; Starlette's BaseHTTPMidd
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import logging
 from collections.abc import Callable, Iterable
@@ -19,6 +21,9 @@ from kvbaton.cluster.http.metrics import HttpMetrics
 logger = logging.getLogger(__name__)
 
 MAX_ID_CHARS = 128
+# Of a refused body: how much, and how long, is read only to be thrown away.
+DISCARD_BYTES = 64 << 20
+DISCARD_S = 10.0
 # Probes and scrapers carry no key.
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
 
@@ -84,12 +89,12 @@ class Gate:
         elif not self._may_enter(scope):
             await send_error(send, ErrorBody(401, "missing or wrong API key", code="invalid_api_key"))
         elif _declared_length(scope) > self._max_body_bytes:
-            await self._refuse_body(send)
+            await self._refuse_body(receive, send)
         else:
             try:
                 await self._app(scope, _CappedReceive(receive, self._max_body_bytes), send)
             except BodyTooLarge:
-                await self._refuse_body(send)
+                await self._refuse_body(receive, send)
 
     def _may_enter(self, scope: Scope) -> bool:
         if not self._keys or scope["path"] in OPEN_PATHS:
@@ -100,9 +105,20 @@ class Gate:
         # No early end: the time taken says nothing of which key was nearly right.
         return sum(hmac.compare_digest(key.strip(), known) for known in self._keys) > 0
 
-    async def _refuse_body(self, send: Send) -> None:
+    async def _refuse_body(self, receive: Receive, send: Send) -> None:
+        """Answer at once, then throw away what still comes, up to a limit, before the connection is closed.
+
+        Closing a socket that has unread data resets it, and then a client that writes its whole body before it reads
+        would see a broken pipe where the answer is.
+        """
         message = f"the body is larger than {self._max_body_bytes} bytes"
-        await send_error(send, ErrorBody(413, message, code="request_too_large"), close=True)
+        body = ErrorBody(413, message, code="request_too_large")
+        await send(error_start(body, close=True))
+        await send({"type": "http.response.body", "body": body.json(), "more_body": True})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_S):
+                await _discard(receive, DISCARD_BYTES)
+        await send({"type": "http.response.body", "body": b""})
 
 
 class _CappedReceive:
@@ -123,15 +139,26 @@ class _CappedReceive:
         return message
 
 
-async def send_error(send: Send, error: ErrorBody, close: bool = False) -> None:
+async def _discard(receive: Receive, max_bytes: int) -> None:
+    while max_bytes > 0:
+        message = await receive()
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            return
+        max_bytes -= len(message.get("body", b""))
+
+
+def error_start(error: ErrorBody, close: bool = False) -> Message:
     """`close`: what is left of the body will not be read, so the connection cannot serve another call."""
-    body = error.json()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(error.json())).encode())]
     headers += [(name.encode(), value.encode()) for name, value in error.headers().items()]
     if close:
         headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    return {"type": "http.response.start", "status": error.status, "headers": headers}
+
+
+async def send_error(send: Send, error: ErrorBody) -> None:
+    await send(error_start(error))
+    await send({"type": "http.response.body", "body": error.json()})
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

@@ -18,8 +18,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from kvbaton.cluster.client_types import ServiceError
 from kvbaton.cluster.http.delta import Delta, Usage
-from kvbaton.cluster.http.errors import INTERNAL_ERROR, ErrorBody, from_service_error
+from kvbaton.cluster.http.errors import INTERNAL_ERROR, ErrorBody, from_invalid_request, from_service_error
+from kvbaton.cluster.http.gate import send_error
 from kvbaton.cluster.http.generation import Generation
+from kvbaton.engine.request import InvalidRequest
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class GenerationReply(Response):
         """Server-sent events. The status line waits for the first tokens, so that a refusal has its own status."""
         step = await self._next()
         if isinstance(step, ErrorBody):
-            await _send_error(send, step)
+            await send_error(send, step)
             return
         await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
         while isinstance(step, bytes):
@@ -93,10 +95,10 @@ class GenerationReply(Response):
         while isinstance(step, bytes):
             step = await self._next()
         if step is not None:
-            await _send_error(send, step)
+            await send_error(send, step)
             return
         body = self._renderer.close(self._generation.usage())
-        await send(_json_start(200, body))
+        await send(_json_start(body))
         await send({"type": "http.response.body", "body": body})
 
     async def _next(self) -> bytes | ErrorBody | None:
@@ -106,6 +108,8 @@ class GenerationReply(Response):
             return None if deltas is None else self._renderer.render(deltas)
         except ServiceError as error:
             return from_service_error(error)
+        except InvalidRequest as error:  # what only the cluster can know, such as a prompt larger than every KV pool
+            return from_invalid_request(error)
         except Exception:
             logger.exception("a generation failed")
             return INTERNAL_ERROR
@@ -124,13 +128,6 @@ async def _client_left(receive: Receive) -> None:
         logger.info("the connection of a client failed: %s", error)
 
 
-def _json_start(status: int, body: bytes, headers: dict[str, str] | None = None) -> Message:
-    raw = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    raw += [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
-    return {"type": "http.response.start", "status": status, "headers": raw}
-
-
-async def _send_error(send: Send, error: ErrorBody) -> None:
-    body = error.json()
-    await send(_json_start(error.status, body, error.headers()))
-    await send({"type": "http.response.body", "body": body})
+def _json_start(body: bytes) -> Message:
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    return {"type": "http.response.start", "status": 200, "headers": headers}

@@ -20,6 +20,7 @@ class TokenBudget:
     requested: int | None
     field: str = "max_tokens"
     default: int | None = None
+    prompt_field: str = "prompt"
 
     def resolve(self, prompt_tokens: int, max_model_len: int) -> int:
         """Tokens to generate. Raises `ApiError` when prompt and completion do not fit."""
@@ -28,7 +29,7 @@ class TokenBudget:
             raise bad_request(
                 f"the prompt has {prompt_tokens} tokens; with at least one of completion that is more than the model's "
                 f"context length of {max_model_len}",
-                "prompt",
+                self.prompt_field,
                 "context_length_exceeded",
             )
         if self.requested is None:
@@ -37,7 +38,7 @@ class TokenBudget:
             raise bad_request(f"{self.field} must be at least 1, got {self.requested}", self.field)
         if self.requested > room:
             raise bad_request(
-                f"{prompt_tokens} prompt tokens and {self.requested} of completion are more than the model's context "
+                f"{prompt_tokens} prompt tokens and {self.field} = {self.requested} are more than the model's context "
                 f"length of {max_model_len}",
                 self.field,
                 "context_length_exceeded",

@@ -155,6 +155,7 @@ class RawCall:
     def __init__(self, app: FastAPI, path: str, body: object, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
         self.sent: list[dict[str, Any]] = []
         self.first_chunk = asyncio.Event()
+        self.fail_sends: Exception | None = None
         self._leave = asyncio.Event()
         self._body: list[bytes] = [json.dumps(body).encode()]
         scope = {
@@ -182,6 +183,8 @@ class RawCall:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Any) -> None:
+        if self.fail_sends is not None:
+            raise self.fail_sends
         self.sent.append(message)
         if message["type"] == "http.response.body":
             self.first_chunk.set()
