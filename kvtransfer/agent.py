@@ -1,7 +1,7 @@
 """The transfer agent of one engine: every hand-off that it gives or takes, over any number of peers.
 
-The engine's thread calls the commands; they return at once and are carried out by `poll`, on the agent's own thread (see
-thread.py) or, in tests, by hand. Events come back through `on_event`, on the thread that polls.
+The engine's thread calls the commands; they return at once and are carried out by `poll`, on the agent's own thread
+(see thread.py) or, in tests, by hand. Events come back through `on_event`, on the thread that polls.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ class TransferAgent:
             self._commands.popleft()()
         for channel in self._transport.progress():
             worked |= self._poll_session(channel)
-        while (channel := self._transport.accept()) is not None:
-            self._accept(channel)
+        while (arrived := self._transport.accept()) is not None:
+            self._accept(arrived)
             worked = True
         if self._now >= self._tick_at:
             self._tick()

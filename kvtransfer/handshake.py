@@ -5,10 +5,10 @@
                                        <-  HELLO  {who, what, nonce, MAC over both}
       PROOF  {MAC over both}           ->         open
 
-Each MAC is HMAC-SHA256 under the cluster secret with its own label; the last two cover both fresh nonces, so a recorded
-exchange proves nothing. The first MAC keeps strangers from learning anything; what a replay of it gets back is useless
-without the secret. A refusal is a REFUSE frame whose reason the other side reports. The body carries the transport's own
-blob (UCX: the worker address), which therefore is authenticated before UCX parses it.
+Each MAC is HMAC-SHA256 under the cluster secret with its own label; the last two cover both fresh nonces, so a
+recorded exchange proves nothing. The first MAC keeps strangers from learning anything; what a replay of it gets back
+is useless without the secret. A refusal is a REFUSE frame whose reason the other side reports. The body carries the
+transport's own blob (UCX: the worker address), which therefore is authenticated before UCX parses it.
 """
 
 from __future__ import annotations

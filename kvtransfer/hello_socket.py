@@ -1,7 +1,7 @@
 """The TCP socket beside each UCX connection: carries the handshake, then only shows whether the peer lives.
 
-UCX by itself notices a peer killed behind shared memory after twenty seconds or never; the kernel closes a dead process's
-socket at once. Frames are a 4-byte length and the bytes; the cap bounds what a stranger can make us buffer.
+UCX by itself notices a peer killed behind shared memory after twenty seconds or never; the kernel closes a dead
+process's socket at once. Frames are a 4-byte length and the bytes; the cap bounds what a stranger can make us buffer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A transport inside one process: agents joined by a network object. Deterministic when polled by hand, safe with threads.
+"""A transport inside one process: agents joined by a network object; deterministic when polled by hand.
 
-It keeps UCX's contract where it matters to the agent: a send reads its block only when the message is delivered, a message
-with no posted receive is a protocol error, a message shorter than the block completes the receive and a longer one fails it.
+It keeps UCX's contract where it matters to the agent: a send reads its block only when the message is delivered, a
+message with no posted receive is a protocol error, a message shorter than the block completes the receive and a longer
+one fails it.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class HandoffKey:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """Prefill tells decode that the KV of `num_tokens` tokens will come in `num_blocks` blocks (the last may be partial)."""
+    """Prefill tells decode: the KV of `num_tokens` tokens comes in `num_blocks` blocks (the last may be partial)."""
 
     key: HandoffKey
     num_tokens: int

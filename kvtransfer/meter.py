@@ -1,4 +1,4 @@
-"""Bandwidth and latency of one pair of engines, from the traffic itself: nothing is sent to measure but RENEW's stamp."""
+"""Bandwidth and latency of one pair of engines, from the traffic itself; only RENEW's stamp is sent to measure."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Decode's side of one hand-off.
 
 `grant` posts a receive for every landing block before GRANT leaves, so blocks land in the pool with no copy and in any
-order. A landing block belongs to the agent until `Landed` (then it is the worker's) or `Released` (then nobody can write
-it: each receive has completed, with data or with the sender's abort, or the channel is closed).
+order. A landing block belongs to the agent until `Landed` (then it is the worker's) or `Released` (then nobody can
+write it: each receive has completed, with data or with the sender's abort, or the channel is closed).
 
-`Landed` is the last word to the worker: a peer that cancels or dies after it changes nothing here, because every byte has
-arrived. It is given only after the connection was seen alive behind the last block: a prefill engine that gave its blocks
-up has closed the connection first, so what it overwrote later is never taken for KV.
+`Landed` is the last word to the worker: a peer that cancels or dies after it changes nothing here, because every byte
+has arrived. It is given only after the connection was seen alive behind the last block: a prefill engine that gave its
+blocks up has closed the connection first, so what it overwrote later is never taken for KV.
 """
 
 from __future__ import annotations

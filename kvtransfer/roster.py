@@ -9,7 +9,7 @@ from kvbaton.kvtransfer.transport import Channel
 
 
 class Roster:
-    """One outbound and one inbound session per engine at most; an inbound one has no name until its handshake is done."""
+    """One outbound and one inbound session per engine; an inbound one has no name until its handshake is done."""
 
     def __init__(self) -> None:
         self._by_channel: dict[Channel, Session] = {}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from kvbaton.kvtransfer.link import key_of
 from kvbaton.kvtransfer.messages import Event, Landing, Offer, Offered, PeerAddress
 from kvbaton.kvtransfer.meter import LinkMeter
 from kvbaton.kvtransfer.receiver import ReceiveHandoff
+from kvbaton.kvtransfer.send_window import SendWindow
 from kvbaton.kvtransfer.sender import SendHandoff
 from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.kvtransfer.states import IllegalTransition, SessionState
@@ -80,9 +80,9 @@ class Session:
         self._now = now
         self._heard = now
         self._renew_at = now
+        self._slow = False
         self._backlog: list[Message] = []
-        self._outbox: deque[tuple[SendHandoff | None, int]] = deque()
-        self._in_flight: deque[tuple[Operation, SendHandoff | None]] = deque()
+        self._window = SendWindow(channel, owner.block_bytes, owner.settings.send_window, self.meter)
         self._landing: dict[Handle, ReceiveHandoff] = {}
         self._next_tag = BLOCK_TAG | secrets.randbits(62)  # tags of one session never repeat and cannot be guessed
 
@@ -99,7 +99,7 @@ class Session:
     @property
     def busy(self) -> bool:
         """Blocks are moving."""
-        return bool(self._in_flight or self._outbox or self._landing)
+        return bool(self._window or self._landing)
 
     @property
     def has_handoffs(self) -> bool:
@@ -131,11 +131,12 @@ class Session:
             if now - self._heard >= settings.connect_s:
                 self.close(f"no handshake within {settings.connect_s} s")
             return
+        self._warn_if_slow()
         for sender in list(self.senders.values()):
             sender.on_tick(now)
         if now >= self._renew_at:
             self._renew()
-        handoffs: list[SendHandoff | ReceiveHandoff] = [*self.senders.values(), *self.receivers.values()]
+        handoffs = self._handoffs()
         if any(not h.live and now - h.draining_since >= settings.drain_s for h in handoffs):
             self.close(f"peer has not finished its operations within {settings.drain_s} s")
         elif handoffs and now - self._heard >= settings.lease_s:
@@ -148,8 +149,7 @@ class Session:
         self.state = SessionState.CLOSED
         self.close_reason = reason
         self.channel.close()
-        self._outbox.clear()
-        self._in_flight.clear()
+        self._window.clear()
         self._landing.clear()
         for sender in list(self.senders.values()):
             sender.on_lost(reason, self._now)
@@ -178,6 +178,9 @@ class Session:
             len(r.landing.block_ids) for r in self.receivers.values() if not r.live
         )
 
+    def _handoffs(self) -> list[SendHandoff | ReceiveHandoff]:
+        return [*self.senders.values(), *self.receivers.values()]
+
     # HandoffLink
 
     def send(self, message: Message) -> None:
@@ -193,7 +196,7 @@ class Session:
         self._owner.emit(event)
 
     def queue_block(self, sender: SendHandoff, index: int) -> None:
-        self._outbox.append((sender, index))
+        self._window.queue_block(sender, index)
 
     def post_receive(self, tag: int, block_id: int) -> Operation:
         return self.channel.post_receive(tag, block_id)
@@ -257,17 +260,19 @@ class Session:
             if isinstance(message, OfferMessage):
                 self._on_offer(message)
             elif isinstance(message, CancelMessage | FailMessage):
-                for handoff in (sender, receiver):
-                    if handoff is not None:
-                        handoff.on_peer_end(message.reason, self._now)
+                if sender is not None:
+                    sender.on_peer_end(message.reason, self._now)
+                if receiver is not None:
+                    receiver.on_peer_end(message.reason, self._now)
             elif isinstance(message, GrantMessage | AckMessage):
                 self._to_sender(sender, message)
             else:
                 self._to_receiver(receiver, message)
         except IllegalTransition as illegal:
-            for handoff in (sender, receiver):
-                if handoff is not None:
-                    handoff.fail(f"protocol error: {illegal}", self._now)
+            if sender is not None:
+                sender.fail(f"protocol error: {illegal}", self._now)
+            if receiver is not None:
+                receiver.fail(f"protocol error: {illegal}", self._now)
 
     def _on_offer(self, message: OfferMessage) -> None:
         offer = Offer(key_of(message.handle), message.num_tokens, message.num_blocks)
@@ -295,7 +300,7 @@ class Session:
         elif sender is not None and sender.live:
             sender.on_grant(message, self._now)
         elif sender is None:  # ended here while the grant was on its way: complete the receives it speaks of
-            self._outbox.extend((None, tag) for tag in range(message.first_tag, message.first_tag + message.count))
+            self._window.queue_aborts(message.first_tag, message.count)
 
     def _to_receiver(self, receiver: ReceiveHandoff | None, message: BlocksMessage | DoneMessage) -> None:
         if receiver is None:
@@ -320,49 +325,27 @@ class Session:
 
     def _renew(self) -> None:
         self._renew_at = self._now + self._owner.settings.renew_s
-        live = [h.handle for h in (*self.senders.values(), *self.receivers.values()) if h.live]
+        live = [h.handle for h in self._handoffs() if h.live]
         for start in range(0, len(live), MAX_RENEW_HANDLES):
             self._send_renew(live[start : start + MAX_RENEW_HANDLES])
 
     def _send_renew(self, handles: Iterable[Handle]) -> None:
         self.send(RenewMessage(max(0, int(self._now * 1e6)), False, tuple(handles)))
 
+    def _warn_if_slow(self) -> None:
+        floor, measured = self._owner.settings.bandwidth_floor_bytes_s, self.meter.bandwidth_bytes_s
+        slow = measured is not None and measured < floor
+        if slow and not self._slow:
+            over = self.channel.describe()
+            log.warning("slow link to %s: %.3g B/s over %s, floor %.3g", self.peer, measured, over, floor)
+        self._slow = slow
+
     # blocks
 
     def _move_blocks(self) -> bool:
-        moved = self._reap() + self._fill_window() > 0
+        moved = self._window.advance(self._now)
         for handle, receiver in list(self._landing.items()):
             moved |= receiver.poll(self._now)
             if not receiver.receiving:
                 self._landing.pop(handle, None)
         return moved
-
-    def _reap(self) -> int:
-        """Completed sends, in posting order."""
-        taken = 0
-        while self._in_flight and self._in_flight[0][0].completed:
-            operation, sender = self._in_flight.popleft()
-            taken += 1
-            if sender is not None:
-                sender.on_sent(self.channel.failure(operation), self._now)
-        if taken:
-            self.meter.on_sent(taken * self._owner.block_bytes, self._now, idle=not self._in_flight)
-        return taken
-
-    def _fill_window(self) -> int:
-        posted = 0
-        while self._outbox and len(self._in_flight) < self._owner.settings.send_window:
-            sender, index = self._outbox.popleft()
-            self._in_flight.append((self._post(sender, index), sender))
-            posted += 1
-        if posted:
-            self.meter.on_posted(self._now)
-        return posted
-
-    def _post(self, sender: SendHandoff | None, index: int) -> Operation:
-        if sender is None:
-            return self.channel.post_abort(index)
-        block_id = sender.source(index)
-        if block_id is None:
-            return self.channel.post_abort(sender.tag(index))
-        return self.channel.post_send(sender.tag(index), block_id)

@@ -24,9 +24,10 @@ class TransferSettingsError(ValueError):
 class TransferSettings:
     """Times are seconds.
 
-    `lease_s`: prefill's hold on a hand-off of which decode says nothing, and the silence after which a session with open
-    hand-offs counts as dead. `drain_s`: how long a cancelled hand-off may wait for the peer to finish its operations before
-    the session is closed to make them end. `bandwidth_floor_bytes_s`: a slower pair is logged as a warning; 0 is off.
+    `lease_s`: prefill's hold on a hand-off of which decode says nothing, and the silence after which a session with
+    open hand-offs counts as dead. `drain_s`: how long a cancelled hand-off may wait for the peer to finish its
+    operations before the session is closed to make them end. `bandwidth_floor_bytes_s`: a slower pair is logged as a
+    warning; 0 is off.
     """
 
     lease_s: float = 10.0

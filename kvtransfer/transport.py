@@ -1,11 +1,11 @@
 """The seam under the agent: channels that carry control messages and blocks. Single-threaded but for `wake`.
 
-A channel starts in its handshake phase, in which `send` and `receive` carry handshake frames and no block may move. Each
-side shows the other its `local_blob`; `establish(peer's blob)` opens the data path, and from then on `send` and `receive`
-carry control frames, in order.
+A channel starts in its handshake phase, in which `send` and `receive` carry handshake frames and no block may move.
+Each side shows the other its `local_blob`; `establish(peer's blob)` opens the data path, and from then on `send` and
+`receive` carry control frames, in order.
 
-Ownership of blocks: an `Operation` touches its block until it is `completed`. `close` returns only when no operation of the
-channel can touch any block any more, completed or not.
+Ownership of blocks: an `Operation` touches its block until it is `completed`. `close` returns only when no operation
+of the channel can touch any block any more, completed or not.
 """
 
 from __future__ import annotations

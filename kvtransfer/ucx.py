@@ -1,8 +1,9 @@
 """The real transport: UCX through ucxx's low-level layer, driven by the agent's thread.
 
-Peers meet on a TCP listener (loopback unless told otherwise) whose socket carries the handshake; UCX endpoints are made from
-worker addresses that the handshake has authenticated, so a stranger's bytes never reach UCX's parsers through us. When
-nothing moves, every worker is armed and the thread sleeps in one epoll over workers, sockets, listener and wake-up.
+Peers meet on a TCP listener (loopback unless told otherwise) whose socket carries the handshake; UCX endpoints are
+made from worker addresses that the handshake has authenticated, so a stranger's bytes never reach UCX's parsers
+through us. When nothing moves, every worker is armed and the thread sleeps in one epoll over workers, sockets,
+listener and wake-up.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _MAX_FRAME_BYTES = 2 << 20
 
 
 class UcxTransport:
-    """`cuda_device` is the GPU that holds `memory`, None for host memory. `config` are UCX settings without their prefix."""
+    """`cuda_device` is the GPU that holds `memory`, None for host memory. `config`: UCX settings, no prefix."""
 
     def __init__(
         self,
@@ -91,7 +92,9 @@ class UcxTransport:
                     return
                 poller.register(channel.event_fd, select.POLLIN)
             if channel.hello.lost is None:
-                poller.register(channel.hello.fileno(), select.POLLIN | (select.POLLOUT if channel.hello.wants_write else 0))
+                poller.register(
+                    channel.hello.fileno(), select.POLLIN | (select.POLLOUT if channel.hello.wants_write else 0)
+                )
         poller.poll(timeout_s * 1000)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake_fd)

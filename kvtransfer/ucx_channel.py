@@ -1,13 +1,14 @@
 """One UCX connection: a worker of its own, an endpoint to the peer's worker, and the hello socket beside them.
 
-Each connection has its own UCX worker, for the sake of ownership. Tags, posted receives and half-received messages belong
-to a worker, and UCX cannot take back a receive that has begun; but a destroyed worker has no transport left through which
-anything could be read or written. So `close` destroys the worker, in every state, dead peer or living, and after it returns
-no block of this connection can be touched. (Closing the endpoint first is not needed, and ucxx crashes when asked to close
-one whose TCP peer has died.) It also keeps peers apart: what one sends unasked fills its own worker's queue only.
+Each connection has its own UCX worker, for the sake of ownership. Tags, posted receives and half-received messages
+belong to a worker, and UCX cannot take back a receive that has begun; but a destroyed worker has no transport left
+through which anything could be read or written. So `close` destroys the worker, in every state, dead peer or living,
+and after it returns no block of this connection can be touched. (Closing the endpoint first is not needed, and ucxx
+crashes when asked to close one whose TCP peer has died.) It also keeps peers apart: what one sends unasked fills its
+own worker's queue only.
 
-Control frames are tag messages with CONTROL_TAG; blocks carry the tags of their grants. A message that no posted receive
-takes and that is not control breaks the protocol: correct senders only ever send what was granted.
+Control frames are tag messages with CONTROL_TAG; blocks carry the tags of their grants. A message that no posted
+receive takes and that is not control breaks the protocol: correct senders only ever send what was granted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class NeverCompletes:
 class UcxChannel:
     """Implements Channel. `libucxx` is ucxx's low-level module."""
 
-    def __init__(self, libucxx: Any, context: Any, hello: HelloSocket, arrays: BlockArrays, max_frame_bytes: int) -> None:
+    def __init__(
+        self, libucxx: Any, context: Any, hello: HelloSocket, arrays: BlockArrays, max_frame_bytes: int
+    ) -> None:
         self.hello = hello
         self.closed = False
         self._lib = libucxx
@@ -168,7 +171,9 @@ class UcxChannel:
             return
         is_control = found.sender_tag.value == CONTROL_TAG
         if not is_control or found.length > self._max_frame_bytes:
-            what = f"control frame of {found.length} bytes" if is_control else f"block message {found.sender_tag.value:#x}"
+            what = (
+                f"control frame of {found.length} bytes" if is_control else f"block message {found.sender_tag.value:#x}"
+            )
             self._lose(f"unexpected {what}")
         buffer = bytearray(min(found.length, self._max_frame_bytes))
         request = self._worker.tag_recv_with_handle(array_of(buffer), found)

@@ -2,11 +2,12 @@
 
 Three settings of UCX differ from its defaults, each left alone where the environment sets it:
 
-* POSIX/SYSV_ERROR_HANDLING=y: UCX drops shared memory in silence from an endpoint that must survive its peer's death, and
-  falls back to TCP.
-* RNDV_THRESH=inf, ZCOPY_THRESH=0 for blocks in host memory: every landing block has its receive posted before the sender
-  may send, so the eager protocol needs no round trip, copies nothing on the sender's side and, unlike rendezvous, never
-  lets one process address the other's memory. On a GPU rendezvous stays: it is how UCX moves GPU memory directly.
+* POSIX/SYSV_ERROR_HANDLING=y: UCX drops shared memory in silence from an endpoint that must survive its peer's death,
+  and falls back to TCP.
+* RNDV_THRESH=inf, ZCOPY_THRESH=0 for blocks in host memory: every landing block has its receive posted before the
+  sender may send, so the eager protocol needs no round trip, copies nothing on the sender's side and, unlike
+  rendezvous, never lets one process address the other's memory. On a GPU rendezvous stays: it is how UCX moves GPU
+  memory directly.
 * TCP segments of 256 KiB for the same path.
 """
 

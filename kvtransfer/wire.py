@@ -1,8 +1,8 @@
 """The control messages of an open session and their strict msgpack form.
 
-A frame is one flat msgpack array: [type, sender generation, receiver generation, fields...]. Decoding checks the type and
-range of every field and knows no map, no extension type and no nesting but RENEW's list of handles, so that a hostile
-frame costs its own bytes and nothing more.
+A frame is one flat msgpack array: [type, sender generation, receiver generation, fields...]. Decoding checks the type
+and range of every field and knows no map, no extension type and no nesting but RENEW's list of handles, so that a
+hostile frame costs its own bytes and nothing more.
 
 Protocol version, spoken in HELLO (handshake.py); raise it with any change here and add a line:
 1  first version
@@ -46,7 +46,7 @@ class OfferMessage:
 
 @dataclass(frozen=True, slots=True)
 class GrantMessage:
-    """Receives are posted for blocks first_block..first_block+count-1 of the prompt; their tags count up from `first_tag`."""
+    """Receives are posted for prompt blocks first_block..first_block+count-1; tags count up from `first_tag`."""
 
     handle: Handle
     first_tag: int

@@ -81,7 +81,7 @@ class EngineOptions:
     generation: int = 1
     secret: bytes = SECRET
     fields: tuple[tuple[str, str], ...] = FIELDS
-    settings: TransferSettings = TransferSettings()
+    settings: TransferSettings = field(default_factory=TransferSettings)
     num_blocks: int = 32
     block_bytes: int = 64
 
@@ -120,7 +120,8 @@ class Rig:
         """Poll every agent until a whole round does nothing."""
         idle = 0
         while idle < 3:
-            idle = 0 if any([e.agent.poll() for e in self.engines]) else idle + 1
+            worked = [e.agent.poll() for e in self.engines]
+            idle = 0 if any(worked) else idle + 1
 
     def advance(self, seconds: float, step_s: float = 0.25) -> None:
         """Move the clock in steps, polling at each."""

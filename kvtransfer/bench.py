@@ -1,0 +1,154 @@
+"""`kvbaton bench transfer`: block transfer through the real hand-off path beside `ucx_perftest tag_bw`.
+
+Two processes with an agent each move hand-offs over UCX (offer, grant, blocks, done, ack); each round runs perftest and
+then ours at the same message size and UCX_TLS, so the ratio is of figures taken seconds apart. Medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from kvbaton.kvtransfer.perftest import tag_bandwidth
+
+_KIB = 1024
+DEFAULT_SIZES = (64 * _KIB, 256 * _KIB, 1024 * _KIB, 2048 * _KIB, 8192 * _KIB)
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """`megabytes` is moved per round and size, but no more than `max_blocks` and no fewer than 32 blocks."""
+
+    sizes: tuple[int, ...] = DEFAULT_SIZES
+    tls: tuple[str, ...] = ("all", "tcp")
+    rounds: int = 5
+    megabytes: int = 512
+    max_blocks: int = 2048
+    blocks_each: int = 32
+    concurrent: int = 2
+    pool_megabytes: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRow:
+    """Medians of one size and UCX_TLS, in GB/s (1e9); `ratio` is the median of the rounds' ratios."""
+
+    tls: str
+    block_bytes: int
+    perftest_gb_s: float
+    handoff_gb_s: float
+    ratio: float
+    transports: str
+
+
+class BenchProcess:
+    """One peer process; `ask` sends a command and waits for its answer."""
+
+    def __init__(self, tls: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "kvbaton.kvtransfer.bench_peer"],
+            env={**os.environ, "UCX_TLS": tls},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, **command: Any) -> Any:
+        if self._process.stdin is None or self._process.stdout is None:
+            raise RuntimeError("the benchmark's process has no pipes")
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the benchmark's process ended with {self._process.wait()}")
+        return json.loads(answer)
+
+    def stop(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+
+def measure(options: BenchOptions, progress: TextIO) -> list[BenchRow]:
+    """All sizes under all UCX_TLS settings."""
+    rows = []
+    for tls in options.tls:
+        prefill, decode = BenchProcess(tls), BenchProcess(tls)
+        try:
+            for size in options.sizes:
+                row = _measure_size(options, tls, size, prefill, decode)
+                rows.append(row)
+                progress.write(_format(row) + "\n")
+                progress.flush()
+        finally:
+            prefill.stop()
+            decode.stop()
+    return rows
+
+
+def _measure_size(options: BenchOptions, tls: str, size: int, prefill: BenchProcess, decode: BenchProcess) -> BenchRow:
+    blocks = max(32, min(options.max_blocks, (options.megabytes << 20) // size))
+    each = min(options.blocks_each, blocks)
+    pool = max(each * options.concurrent, min(blocks, (options.pool_megabytes << 20) // size))
+    pool -= pool % each
+    port = decode.ask(do="open", side="decode", num_blocks=pool, block_bytes=size)["port"]
+    prefill.ask(do="open", side="prefill", num_blocks=pool, block_bytes=size)
+    run = {"do": "run", "port": port, "blocks_each": each, "concurrent": options.concurrent}
+    prefill.ask(**run, handoffs=max(2, pool // each))
+    pairs = []
+    transports = ""
+    for _ in range(options.rounds):
+        yardstick = tag_bandwidth(size, blocks, {"UCX_TLS": tls})
+        answer = prefill.ask(**run, handoffs=blocks // each)
+        transports = answer["transports"]
+        pairs.append((yardstick, blocks // each * each * size / answer["seconds"]))
+    prefill.ask(do="close")
+    decode.ask(do="close")
+    return BenchRow(
+        tls=tls,
+        block_bytes=size,
+        perftest_gb_s=statistics.median(p for p, _ in pairs) / 1e9,
+        handoff_gb_s=statistics.median(o for _, o in pairs) / 1e9,
+        ratio=statistics.median(o / p for p, o in pairs),
+        transports=transports,
+    )
+
+
+def _format(row: BenchRow) -> str:
+    size = f"{row.block_bytes // _KIB} KiB"
+    return f"{row.tls:>8} {size:>10} {row.perftest_gb_s:>10.2f} {row.handoff_gb_s:>10.2f} {row.ratio:>7.2f}  {row.transports}"
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; returns the exit status."""
+    defaults = BenchOptions()
+    parser = argparse.ArgumentParser(prog="kvbaton bench transfer", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(defaults.sizes), help="block sizes in bytes")
+    parser.add_argument("--tls", nargs="+", default=list(defaults.tls), help="UCX_TLS settings")
+    parser.add_argument("--rounds", type=int, default=defaults.rounds)
+    parser.add_argument("--megabytes", type=int, default=defaults.megabytes, help="moved per round and size")
+    parser.add_argument("--json", type=Path, default=None, help="write the rows there")
+    given = parser.parse_args(argv)
+    options = BenchOptions(tuple(given.sizes), tuple(given.tls), given.rounds, given.megabytes)
+    sys.stdout.write(
+        f"{'UCX_TLS':>8} {'block':>10} {'perftest':>10} {'hand-off':>10} {'ratio':>7}  transports   (GB/s)\n"
+    )
+    rows = measure(options, sys.stdout)
+    if given.json is not None:
+        given.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
