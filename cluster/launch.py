@@ -43,10 +43,6 @@ _KILL_AFTER_S = 5.0
 _SPARE_CPUS = 64  # tickets for engines that are added later; a private cluster counts engines, not cores
 
 
-class StopRequested(BaseException):
-    """Ctrl-C or SIGTERM. Not an Exception, so that no handler in between takes it for a failure."""
-
-
 @dataclass(frozen=True, slots=True)
 class Cluster:
     """The engines that are up, and the manager that keeps them so."""
@@ -68,7 +64,7 @@ def serve(config: ClusterConfig, screen: Screen) -> int:
             cluster = _start_engines(launch, screen, stack)
             _start_endpoint(launch, cluster, screen, stack)
             _watch(cluster, screen)
-        except StopRequested:
+        except KeyboardInterrupt:
             screen.line("stopping ...")
         except (LaunchFailed, ConfigError) as error:
             screen.error(str(error))
@@ -187,7 +183,7 @@ def _watch(cluster: Cluster, screen: Screen) -> None:
 
 @contextmanager
 def _stop_signals() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP end the block as `StopRequested`; the earlier handlers return after it."""
+    """SIGINT, SIGTERM and SIGHUP end the block as `KeyboardInterrupt`; the earlier handlers return after it."""
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     _catch_signals()
     try:
@@ -202,7 +198,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def _catch_signals() -> None:
     def stop(number: int, frame: FrameType | None) -> None:
-        raise StopRequested(signal.Signals(number).name)
+        raise KeyboardInterrupt(signal.Signals(number).name)  # the one exception that a waiting `ray.get` lets through
 
     for number in _SIGNALS:
         signal.signal(number, stop)

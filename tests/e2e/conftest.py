@@ -1,0 +1,23 @@
+"""One launched cluster for all tests of this folder: a launch costs half a minute of CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from support.launcher import Launcher, survivors
+
+
+@pytest.fixture(scope="session")
+def cluster(tiny_model: Callable[[str], Path]) -> Iterator[Launcher]:
+    """1 prefill + 1 decode engine and two ingress replicas, as `kvbaton serve` starts them."""
+    launcher = Launcher(tiny_model("llama"), "--kv-memory", "16MiB", "--replicas", "2", "--served-model-name", "tiny")
+    try:
+        yield launcher.wait_ready()
+        family = launcher.family()
+        assert launcher.stop() == 0
+        assert survivors(family, 5.0) == []
+    finally:
+        launcher.close()

@@ -1,0 +1,114 @@
+"""The life of a launch: what it refuses, and that nothing outlives it, however it ends."""
+
+from __future__ import annotations
+
+import glob
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvbaton.cluster.valkey import EmbeddedValkey
+from support.launcher import Launcher, survivors
+
+TinyModel = Callable[[str], Path]
+
+
+def refusal(*arguments: str) -> tuple[int, str]:
+    command = [sys.executable, "-m", "kvbaton.cluster.cli", "serve", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return result.returncode, result.stdout + result.stderr
+
+
+def test_a_port_in_use(tiny_model: TinyModel) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        status, output = refusal("--model", str(tiny_model("llama")), "--port", str(port), "--device", "cpu")
+    assert status == 1
+    assert f"error: port {port} on 127.0.0.1 is in use by" in output
+    assert "Traceback" not in output
+
+
+def test_a_missing_model(tmp_path: Path) -> None:
+    status, output = refusal("--model", str(tmp_path / "none"), "--port", "0")
+    assert status == 1
+    assert str(tmp_path / "none") in output
+    assert "Traceback" not in output
+
+
+def test_a_redis_that_is_down(tiny_model: TinyModel) -> None:
+    arguments = (
+        "--model",
+        str(tiny_model("llama")),
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        "--redis",
+        "redis://127.0.0.1:1",
+    )
+    status, output = refusal(*arguments)
+    assert status == 1
+    assert "127.0.0.1:1" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.ray
+def test_damaged_weights_end_the_launch_with_the_reason(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Guards against a launcher that waits for ever, or leaves Ray behind, when an engine cannot load."""
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for path in tiny_model("llama").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "model.safetensors").write_bytes(b"not weights at all")
+    launcher = Launcher(folder, "--prefill", "0", "--decode", "0", "--hybrid", "1")
+    try:
+        line = launcher.wait_line("did not start")
+        family = launcher.family()
+        assert "error: engine-0 (hybrid) did not start" in line
+        assert "model.safetensors" in line
+        assert launcher.process.wait(60) == 1
+        assert survivors(family, 5.0) == []
+    finally:
+        launcher.close()
+
+
+@pytest.mark.ray
+@pytest.mark.redis
+def test_a_killed_launcher_takes_everything_with_it(tiny_model: TinyModel) -> None:
+    """Guards against orphans after `kill -9` or a crash: engines, Ray, HAProxy and the state server all go."""
+    launcher = Launcher(tiny_model("llama"), "--prefill", "0", "--decode", "0", "--hybrid", "1", "--kv-memory", "16MiB")
+    try:
+        launcher.wait_ready()
+        family = launcher.family()
+        assert any("haproxy" in process.name() for process in family)
+        assert any("valkey" in process.name() for process in family)
+        assert launcher.stop(signal.SIGKILL) == -signal.SIGKILL
+        assert survivors(family, 20.0) == []
+    finally:
+        launcher.close()
+
+
+@pytest.mark.ray
+@pytest.mark.redis
+def test_sigterm_during_start_leaves_nothing(tiny_model: TinyModel) -> None:
+    """Guards the moment when half of it is up. The user's own Redis lives on, and is given back clean of engines."""
+    server = EmbeddedValkey()
+    before = set(glob.glob("/tmp/kvbaton-*"))
+    launcher = Launcher(tiny_model("llama"), "--redis", server.start())
+    try:
+        launcher.wait_line("engines")
+        family = launcher.family()
+        assert launcher.stop(signal.SIGTERM) == 0
+        assert survivors(family, 5.0) == []
+        assert launcher.lines[-1] == "stopped"
+        assert set(glob.glob("/tmp/kvbaton-*")) <= before
+    finally:
+        launcher.close()
+        server.stop()

@@ -1,0 +1,173 @@
+"""The product through its front door: HAProxy, ingress, prefill engine, UCX, decode engine, each its own process."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from support.launcher import Launcher
+
+pytestmark = [pytest.mark.ray, pytest.mark.ucx, pytest.mark.redis]
+
+Oracle = Callable[[Path, list[int], int], list[int]]
+PROMPTS = [[(7 * row + 3 * column) % 90 + 5 for column in range(length)] for row, length in enumerate((4, 17, 75, 201))]
+
+
+@pytest.fixture
+def client(cluster: Launcher) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=cluster.base_url, timeout=60) as client:
+        yield client
+
+
+def completion(prompt: list[int], **fields: object) -> dict[str, object]:
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 24, "temperature": 0, "return_token_ids": True}
+    return body | {"ignore_eos": True} | fields
+
+
+def token_ids(client: httpx.Client, prompt: list[int], **fields: object) -> list[int]:
+    response = client.post("/v1/completions", json=completion(prompt, **fields))
+    assert response.status_code == 200, response.text
+    return list(response.json()["choices"][0]["token_ids"])
+
+
+def streamed_ids(client: httpx.Client, body: dict[str, object]) -> list[int]:
+    """Token ids of all chunks; checks that the stream ends as it must."""
+    found: list[int] = []
+    with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+        assert response.status_code == 200
+        lines = [line for line in response.iter_lines() if line.startswith("data: ")]
+    assert lines[-1] == "data: [DONE]"
+    for line in lines[:-1]:
+        chunk = json.loads(line.removeprefix("data: "))
+        assert "error" not in chunk, chunk
+        for choice in chunk["choices"]:
+            found += choice.get("token_ids") or []
+    return found
+
+
+def blocks(client: httpx.Client) -> dict[tuple[str, str], float]:
+    """(engine, state) -> KV blocks, from the metrics of whichever replica answers."""
+    found = {}
+    for line in client.get("/metrics").text.splitlines():
+        match = re.match(r'kvbaton_engine_kv_blocks\{engine="([^"]+)",role="[^"]+",state="(\w+)"\} (\S+)', line)
+        if match:
+            found[match[1], match[2]] = float(match[3])
+    return found
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_the_screen_shows_what_was_started(cluster: Launcher) -> None:
+    """Guards what a new user reads: pools, transport, a command that works."""
+    output = cluster.output
+    assert re.search(r"engine-0/\d+ +prefill +ready", output)
+    assert re.search(r"engine-1/\d+ +decode +ready", output)
+    assert re.search(r"UCX +engine-0 -> engine-1: \S+", output)
+    assert f"curl -N {cluster.base_url}/v1/chat/completions" in output
+
+
+def test_tokens_equal_transformers(
+    client: httpx.Client, tiny_model: Callable[[str], Path], oracle_tokens: Oracle
+) -> None:
+    for prompt in PROMPTS:
+        expected = oracle_tokens(tiny_model("llama"), prompt, 24)
+        assert token_ids(client, prompt) == expected
+        assert streamed_ids(client, completion(prompt)) == expected
+
+
+def test_sixteen_at_once_equal_each_alone(client: httpx.Client, cluster: Launcher) -> None:
+    prompts = [[(11 * row + column) % 90 + 5 for column in range(9 + 13 * row)] for row in range(16)]
+    alone = [token_ids(client, prompt, seed=5, temperature=0.9) for prompt in prompts]
+
+    def ask(prompt: list[int]) -> list[int]:
+        with httpx.Client(base_url=cluster.base_url, timeout=60) as own:
+            return streamed_ids(own, completion(prompt, seed=5, temperature=0.9))
+
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(ask, prompts)) == alone
+
+
+def test_long_prompts_travel_between_engines(client: httpx.Client) -> None:
+    """Guards against a cluster that looks split and serves everything on one engine."""
+    before = placed_pairs(client)
+    for start in range(20):  # whichever replica takes it: some replica's count must rise above all seen before
+        token_ids(client, [start + 5] * 150, max_tokens=1 + start)
+        if placed_pairs(client) > before:
+            return
+    raise AssertionError(f"20 long prompts, and still {before} pairs placed")
+
+
+def placed_pairs(client: httpx.Client) -> float:
+    """Pairs placed by the replica that placed most, over a few reads."""
+    texts = [client.get("/metrics", headers={"Connection": "close"}).text for _ in range(6)]
+    return max(float(re.findall(r"^kvbaton_requests_placed_pairs_total (\S+)", text, re.M)[0]) for text in texts)
+
+
+def test_a_client_that_leaves_gives_every_block_back(client: httpx.Client) -> None:
+    """Guards against stranded KV: 1 s after the disconnect nothing is held on either engine."""
+    body = completion([(3 * i) % 90 + 5 for i in range(120)], max_tokens=4000, stream=True)
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        next(response.iter_lines())
+    assert wait_until(lambda: all(n == 0 for (_, state), n in blocks(client).items() if state == "held"), 5), blocks(
+        client
+    )
+
+
+def test_a_killed_decode_engine_costs_no_token(
+    client: httpx.Client, cluster: Launcher, tiny_model: Callable[[str], Path], oracle_tokens: Oracle
+) -> None:
+    """Guards the promise of the name: the stream goes on where it was, and a new generation takes the place."""
+    prompt = [(5 * i) % 90 + 5 for i in range(80)]
+    expected = oracle_tokens(tiny_model("llama"), prompt, 600)
+    found: list[int] = []
+    with client.stream("POST", "/v1/completions", json=completion(prompt, max_tokens=600, stream=True)) as response:
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            assert "error" not in chunk, chunk
+            for choice in chunk["choices"]:
+                found += choice.get("token_ids") or []
+            if len(found) == 40:
+                engine_process(cluster, "engine-1").kill()
+    assert found == expected
+    cluster.wait_line("engine-1/2 (decode) ready", 60)
+    assert wait_until(lambda: client.get("/ready").status_code == 200, 30)
+    assert token_ids(client, PROMPTS[2]) == oracle_tokens(tiny_model("llama"), PROMPTS[2], 24)
+
+
+def engine_process(cluster: Launcher, engine_id: str) -> psutil.Process:
+    """The Ray worker that runs an engine, by the port that its session server listens on."""
+    port = int(re.findall(rf"{engine_id}/\d+ .*?127\.0\.0\.1:(\d+)", cluster.output)[-1])
+    for process in cluster.family():
+        if any(item.laddr.port == port and item.status == psutil.CONN_LISTEN for item in process.net_connections()):
+            return process
+    raise AssertionError(f"nobody listens on {port}")
+
+
+def test_everything_listens_on_loopback_only(cluster: Launcher) -> None:
+    """Guards "loopback by default": engines, ingress, HAProxy with its side doors, and the state server."""
+    open_doors = []
+    for process in cluster.family():
+        name = process.name()
+        if name.startswith(("ray::", "raylet", "gcs_server", "python")) and "HAProxy" not in name:
+            continue  # Ray's own ports, behind its token
+        for item in process.net_connections("tcp"):
+            if item.status == psutil.CONN_LISTEN and item.laddr.ip not in ("127.0.0.1", "::1"):
+                open_doors.append((name, item.laddr))
+    assert open_doors == []
