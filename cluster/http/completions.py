@@ -9,7 +9,7 @@ from kvbaton.cluster.http.calls import CallBuilder, check_common, envelope, extr
 from kvbaton.cluster.http.completion_render import CompletionShape, CompletionStream, CompletionWhole
 from kvbaton.cluster.http.errors import bad_request, unsupported
 from kvbaton.cluster.http.logprobs import TokenTexts
-from kvbaton.cluster.http.prompts import Prompt, read_prompt, split_prompts
+from kvbaton.cluster.http.prompts import Prompt, read_prompts, split_prompts
 from kvbaton.cluster.http.protocol import CompletionRequest, parse_body
 from kvbaton.cluster.http.reply import GenerationReply, Renderer
 from kvbaton.cluster.http.sampling import LogprobDepth, TokenBudget
@@ -30,9 +30,12 @@ class CompletionEndpoint:
         check_legacy(body)
         call_id = f"cmpl-{service.new_id()}"
         calls = CallBuilder(service, body, call_id, token_budget(body))
-        for prompt in split_prompts(body.prompt, service.limits.max_prompts):
-            read = await read_prompt(service.tokenizer, service.model, prompt, body.add_special_tokens is not False)
-            calls.add(read, LogprobDepth(body.logprobs, body.logprobs if body.echo else None), scores_only(body))
+        prompts = split_prompts(body.prompt, service.limits.max_prompts)
+        depth = LogprobDepth(body.logprobs, body.logprobs if body.echo else None)
+        for prompt in await read_prompts(
+            service.tokenizer, service.model, prompts, add_special_tokens=body.add_special_tokens is not False
+        ):
+            calls.add(prompt, depth, scores_only(body))
         shape = CompletionShape(
             envelope=envelope(service, call_id),
             extras=extras(body, body.logprobs is not None),

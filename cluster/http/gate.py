@@ -13,6 +13,7 @@ import hmac
 import logging
 from collections.abc import Callable, Iterable
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvbaton.cluster.http.errors import INTERNAL_ERROR, ErrorBody
@@ -44,6 +45,8 @@ class Front:
         self._metrics.in_flight.inc()
         try:
             await self._app(scope, receive, tagged)
+        except ClientDisconnect:
+            logger.info("a client left while its body was being read")
         except Exception:
             logger.exception("%s %s failed", scope["method"], scope["path"])
             if tagged.status is not None:

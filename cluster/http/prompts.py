@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -13,9 +13,12 @@ from kvbaton.cluster.http.errors import ApiError, bad_request, unsupported
 from kvbaton.cluster.http.protocol import ChatFields, ChatMessage, Tool
 from kvbaton.cluster.http.service import ModelCard, TextTokenizer
 
+Result = TypeVar("Result")
+
 # Above this many characters a thread tokenizes (the Rust tokenizer lets go of the GIL), so that one long prompt does
 # not hold up the tokens of every other stream.
 INLINE_CHARS = 20_000
+_MESSAGE_CHARS = 50  # what the template's work on one message weighs in characters
 # Arguments of the tokenizer's own method: a client must not set them, least of all the template.
 _RESERVED_OPTIONS = frozenset(
     [
@@ -76,19 +79,28 @@ def _is_token_ids(value: list[Any]) -> bool:
 
 
 async def encode_text(tokenizer: TextTokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    if len(text) <= INLINE_CHARS:
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+    return await _off_loop_if_long(len(text), lambda: tokenizer.encode(text, add_special_tokens))
 
 
-async def read_prompt(tokenizer: TextTokenizer, model: ModelCard, prompt: str | list[int], add_special: bool) -> Prompt:
-    """One prompt of `/v1/completions`. Raises `ApiError`."""
-    if isinstance(prompt, str):
-        read = Prompt(tuple(await encode_text(tokenizer, prompt, add_special)), prompt)
-    else:
-        read = Prompt(tuple(prompt))
-    check_token_ids(read.token_ids, model, "prompt")
-    return read
+async def _off_loop_if_long(chars: int, work: Callable[[], Result]) -> Result:
+    return work() if chars <= INLINE_CHARS else await asyncio.to_thread(work)
+
+
+async def read_prompts(
+    tokenizer: TextTokenizer, model: ModelCard, prompts: Sequence[str | list[int]], add_special_tokens: bool
+) -> list[Prompt]:
+    """The prompts of `/v1/completions`. Raises `ApiError`."""
+
+    def read(prompt: str | list[int]) -> Prompt:
+        if isinstance(prompt, str):
+            return Prompt(tuple(tokenizer.encode(prompt, add_special_tokens)), prompt)
+        return Prompt(tuple(prompt))
+
+    chars = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+    result = await _off_loop_if_long(chars, lambda: [read(prompt) for prompt in prompts])
+    for prompt in result:
+        check_token_ids(prompt.token_ids, model, "prompt")
+    return result
 
 
 def check_token_ids(token_ids: Sequence[int], model: ModelCard, param: str) -> None:
@@ -105,10 +117,15 @@ async def read_chat(tokenizer: TextTokenizer, model: ModelCard, body: ChatFields
     options = template_options(body)
     messages = [template_message(message, index) for index, message in enumerate(body.messages)]
     tools = template_tools(body.tools) if uses_tools(body) else None
-    text = tokenizer.render_chat(messages, tools, bool(body.add_generation_prompt), options)
-    token_ids = tuple(await encode_text(tokenizer, text, bool(body.add_special_tokens)))
-    check_token_ids(token_ids, model, "messages")
-    return Prompt(token_ids, text)
+
+    def read() -> Prompt:
+        text = tokenizer.render_chat(messages, tools, bool(body.add_generation_prompt), options)
+        return Prompt(tuple(tokenizer.encode(text, bool(body.add_special_tokens))), text)
+
+    chars = sum(_MESSAGE_CHARS + len(message["content"]) for message in messages)
+    prompt = await _off_loop_if_long(chars, read)
+    check_token_ids(prompt.token_ids, model, "messages")
+    return prompt
 
 
 def template_options(body: ChatFields) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -189,6 +190,17 @@ async def test_messages_as_clients_write_them(tokenizer: Tokenizer) -> None:
         "<|bos|><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\none\ntwo<|im_end|>\n"
         "<|im_start|>assistant\n<|im_end|>\n<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+async def test_many_messages_are_read_off_the_loop_alike(tokenizer: Tokenizer) -> None:
+    client = ScriptedClient(say(tokenizer, "ok"))
+    messages = [{"role": "user", "content": ""}] * 450
+    service = make_service(client, tokenizer)
+    roomy = replace(service, model=replace(service.model, max_model_len=1 << 16))
+    async with http_client(create_app(roomy)) as http:
+        response = await http.post(PATH, json={"messages": messages})
+    assert response.status_code == 200, response.text
+    assert client.requests[0].prompt == tuple(tokenizer.encode_chat(messages))
 
 
 async def test_continue_final_message(tokenizer: Tokenizer) -> None:

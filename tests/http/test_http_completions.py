@@ -210,3 +210,13 @@ async def test_special_tokens_are_shown_where_asked(tokenizer: Tokenizer) -> Non
     assert (await ask(client, tokenizer, prompt="Hi"))["choices"][0]["text"] == plain
     shown = await ask(client, tokenizer, prompt="Hi", skip_special_tokens=False)
     assert shown["choices"][0]["text"] == tokenizer.decode([70, bos, 71], skip_special_tokens=False)
+
+
+async def test_many_characters_are_tokenized_off_the_loop_alike(tokenizer: Tokenizer) -> None:
+    """Guards both ways of reading prompts, by their sum: many short ones weigh as much as one that is long."""
+    client = ScriptedClient(say(tokenizer, "ok"))
+    prompts = ["the sea, it never sleeps, " * 20] * 60
+    await ask(client, tokenizer, prompt=[*prompts, [5]], max_tokens=1)
+    wanted = tuple(tokenizer.encode(prompts[0]))
+    assert sorted({request.prompt for request in client.requests}) == sorted({wanted, (5,)})
+    assert len(client.requests) == 61

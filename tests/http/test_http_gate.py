@@ -153,6 +153,21 @@ async def test_the_last_net(caplog: pytest.LogCaptureFixture) -> None:
     assert "/secret/path" in caplog.text
 
 
+async def test_a_client_that_leaves_before_its_body_is_complete(app: FastAPI, caplog: pytest.LogCaptureFixture) -> None:
+    """No answer, and no error in the log: nothing went wrong here."""
+    body = EndlessBody(10)
+    messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    body.receive = receive  # type: ignore[method-assign]
+    with caplog.at_level("WARNING"):
+        await call_raw(app, body, [])
+    assert body.sent == []
+    assert caplog.records == []
+
+
 async def test_a_reply_cut_in_the_middle_does_not_look_complete() -> None:
     """After the head is out the error goes on to the server, which cuts the connection."""
 
