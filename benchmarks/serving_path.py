@@ -73,6 +73,8 @@ class StreamCost:
     engine_ms: float  # less the model
     model_ms: float
     idle_share_of_a_core: float  # the same processes, with nothing to do
+    others_share_of_a_core: float  # Ray's daemons, manager and Redis meanwhile
+    others_idle_share_of_a_core: float
     client_us_per_token: float
 
 
@@ -111,7 +113,7 @@ class Cluster:
         with tempfile.NamedTemporaryFile(suffix=".json") as result:
             command = [sys.executable, "-m", "kvbaton.cluster.cli", "bench", "serve", "--no-progress"]
             command += ["--url", f"http://127.0.0.1:{self._port}", "--json", result.name, *arguments.split()]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(command, check=True, stdout=sys.stderr)
             report: dict[str, Any] = json.loads(Path(result.name).read_text())["report"]
         return report
 
@@ -154,9 +156,9 @@ def measure_streams(cluster: Cluster, streams: int, tokens: int) -> StreamCost:
     before = cluster.cpu()
     time.sleep(IDLE_S)
     idle = cluster.cpu().since(before)
-    before = cluster.cpu()
+    before, started = cluster.cpu(), time.monotonic()
     report = cluster.bench(f"{load} --num-requests {3 * streams} --seed 2")
-    used = cluster.cpu().since(before)
+    used, elapsed_s = cluster.cpu().since(before), time.monotonic() - started
     summary = report["summary"]
     count = summary["tokens"]["output"]
     if summary["failed"] or count != 3 * streams * tokens:
@@ -171,6 +173,8 @@ def measure_streams(cluster: Cluster, streams: int, tokens: int) -> StreamCost:
         engine_ms=1000 * (used.engines - used.model) / count,
         model_ms=1000 * used.model / count,
         idle_share_of_a_core=idle.serving / IDLE_S,
+        others_share_of_a_core=used.others / elapsed_s,
+        others_idle_share_of_a_core=idle.others / IDLE_S,
         client_us_per_token=report["client"]["cpu_us_per_token"],
     )
 
@@ -216,7 +220,7 @@ def measure(cluster: Cluster, args: argparse.Namespace, result: Result) -> None:
     except Exception as error:  # the launcher must end whatever happened; the text is the program's failure
         result.error = f"{type(error).__name__}: {error}"
     finally:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def configuration(args: argparse.Namespace, model: Path, port: int) -> ClusterConfig:
