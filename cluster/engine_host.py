@@ -199,7 +199,7 @@ async def _assemble(host: EngineHost, engine: Engine, settings: EngineHostSettin
     agent = TransferAgent(
         memory=engine.cache,
         identity=settings,
-        transport=UcxTransport(engine.cache, settings.host),
+        transport=UcxTransport(engine.cache, settings.host, cuda_device=engine.cache.pool.device.index),
         secret=settings.secret,
         compatibility=engine.compatibility(),
         settings=settings.transfer,
