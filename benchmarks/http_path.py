@@ -82,13 +82,14 @@ def make_service(client: TickingClient, max_model_len: int) -> Service:
     return Service(client=client, tokenizer=tokenizer, model=card, version="bench")
 
 
-def body(tokens: int) -> bytes:
+def body(tokens: int, extra: str) -> bytes:
     fields = {
         "model": "tiny",
         "stream": True,
         "stream_options": {"include_usage": True},
         "max_tokens": tokens,
         "messages": [{"role": "user", "content": "How does a message travel?"}],
+        **json.loads(extra),
     }
     return json.dumps(fields).encode()
 
@@ -138,11 +139,11 @@ async def serving(app: Any) -> AsyncIterator[int]:
     await task
 
 
-async def measure(mode: str, streams: int, tokens: int, rounds: int) -> float:
+async def measure(mode: str, streams: int, tokens: int, rounds: int, extra: str) -> float:
     """CPU microseconds per token."""
     client = TickingClient(streams)
     app = create_app(make_service(client, tokens + 256))
-    raw = body(tokens)
+    raw = body(tokens, extra)
     if mode == "app":
         for _ in range(rounds):
             await asyncio.gather(*(call_app(app, raw) for _ in range(streams)))
@@ -154,8 +155,8 @@ async def measure(mode: str, streams: int, tokens: int, rounds: int) -> float:
     return client.cpu_s / client.tokens * 1e6
 
 
-def measure_in_child(result: Any, mode: str, streams: int, tokens: int, rounds: int) -> None:
-    result.put(uvloop.run(measure(mode, streams, tokens, rounds)))
+def measure_in_child(result: Any, mode: str, streams: int, tokens: int, rounds: int, extra: str) -> None:
+    result.put(uvloop.run(measure(mode, streams, tokens, rounds, extra)))
 
 
 def main() -> None:
@@ -163,11 +164,12 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--fields", default="{}", help='JSON merged into each request, such as \'{"stop": ["never"]}\'')
     options = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
     for mode in ("app", "uvicorn"):
         result = spawn.Queue()
-        arguments = (result, mode, options.streams, options.tokens, options.rounds)
+        arguments = (result, mode, options.streams, options.tokens, options.rounds, options.fields)
         child = spawn.Process(target=measure_in_child, args=arguments)
         child.start()
         print(f"{mode:8} {result.get():7.1f} CPU-us a token at {options.streams} streams")
