@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvbaton.engine import memory
 from kvbaton.engine.config import CacheConfig, ConfigError, EngineConfig
-from kvbaton.engine.engine import Engine, configure_threads
+from kvbaton.engine.engine import Engine, _independent, configure_threads
 from kvbaton.engine.kv_cache import KVGeometry
 from kvbaton.engine.memory import num_blocks_for, usable_model_len
 from support.engine_driver import EngineDriver, output
@@ -111,7 +113,11 @@ def test_a_missing_gpu_is_named(config: EngineConfig) -> None:
 
 def test_compatibility_names_what_differs(config: EngineConfig, tiny_model: TinyModels) -> None:
     """Guards HELLO: equal engines agree, and each difference shows under its own name."""
-    base = dict(Engine.load(config).compatibility())
+    engine = Engine.load(config)
+    base = dict(engine.compatibility())
+    order = ["model", "dtype", "num_layers", "num_kv_heads", "head_dim", "block_size", "kv_layout"]
+    assert [name for name, _ in engine.compatibility()] == order
+    assert list(base.values())[1:] == ["float32", "4", "2", "16", "16", "1"]
     assert base == dict(Engine.load(replace(config, max_model_len=64)).compatibility())
     blocks = replace(config, cache=CacheConfig(block_size=32, kv_memory_bytes=1 << 20))
     for other, names in (
@@ -133,6 +139,20 @@ def test_copied_blocks_follow_the_order_of_the_pairs(config: EngineConfig) -> No
     assert engine.cache.pool[:6].flatten(1)[:, 0].tolist() == [3.0, 5.0, 0.0, 3.0, 0.0, 5.0]
     assert all((block == block.flatten()[0]).all() for block in engine.cache.pool[:6])
     engine.copy_blocks([])
+
+
+COPIES = st.tuples(st.integers(0, 5), st.integers(0, 5)).filter(lambda pair: pair[0] != pair[1])
+
+
+@given(st.lists(COPIES, max_size=8))
+def test_copies_that_depend_on_each_other_are_not_one_launch(pairs: list[tuple[int, int]]) -> None:
+    """Guards the kernel's contract: in a launch no destination is written twice or read."""
+    batches = _independent(pairs)
+    assert [pair for batch in batches for pair in batch] == pairs
+    for batch in batches:
+        written = [destination for _, destination in batch]
+        assert len(set(written)) == len(written)
+        assert not set(written) & {source for source, _ in batch}
 
 
 def test_forked_samples_write_to_their_own_blocks(config: EngineConfig) -> None:

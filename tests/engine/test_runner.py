@@ -12,6 +12,7 @@ from kvbaton.engine import runner
 from kvbaton.engine.batch import ScheduledRow
 from kvbaton.engine.config import CacheConfig, EngineConfig
 from kvbaton.engine.engine import Engine
+from kvbaton.kernels.meta import AttentionMeta
 from support.engine_driver import EngineDriver, output
 from support.oracle import TinyModels, oracle_logits, prompts
 
@@ -57,6 +58,23 @@ def test_a_mixed_step_equals_transformers(driver: EngineDriver, folder: Path, or
     driver.decode(TOKENS, inner, whole, ending, decoding)
     for seq in driver.seqs:
         assert output(seq) == oracle_tokens(folder, list(seq.request.prompt), TOKENS)
+
+
+def test_single_tokens_are_given_to_the_kernels_first(driver: EngineDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the fast decode kernel, which serves the leading rows of one token and no others."""
+    seen: list[tuple[int, tuple[int, ...]]] = []
+    decoder = driver.engine._runner._decoder
+    forward = decoder.forward
+
+    def spy(token_ids: torch.Tensor, kv_cache: torch.Tensor, meta: AttentionMeta) -> torch.Tensor:
+        seen.append((meta.num_decodes, meta.query_lens))
+        return forward(token_ids, kv_cache, meta)
+
+    monkeypatch.setattr(decoder, "forward", spy)
+    one, two, three = (driver.add(prompts()[i]) for i in (1, 2, 3))
+    driver.step((one, 16), (two, 31))
+    driver.step((three, 20), (one, 1), (two, 1))
+    assert seen == [(0, (16, 31)), (2, (1, 1, 20))]
 
 
 def test_sixteen_at_once_equal_transformers(driver: EngineDriver, folder: Path, oracle_tokens: OracleTokens) -> None:
@@ -127,6 +145,7 @@ def test_prompt_logprobs_equal_transformers(
         best = wanted[position - 1].topk(2)
         assert [token for token, _ in entry.top] == best.indices.tolist()
         assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-3)
+    assert len(driver.engine._runner._tails) == 0
     assert driver.step((seq, 1)).prompt_logprobs == [None]
 
 
@@ -136,6 +155,7 @@ def test_tails_live_no_longer_than_their_sequence(driver: EngineDriver) -> None:
     driver.step((seq, 10))
     tails = driver.engine._runner._tails
     assert len(tails) == 1
+    assert tails[seq].untyped_storage().nbytes() == 4 * tails[seq].numel()  # and not the whole chunk's states
     driver.engine.kv.release(seq.block_table)
     driver.seqs.clear()
     del seq

@@ -152,3 +152,13 @@ def test_top_logprobs_stop_at_a_small_vocabulary() -> None:
     (drawn,) = sample_tokens(logits, [Draw(sequence([1], temperature=0.0, logprobs=20), 0, 0)])
     assert drawn.logprobs is not None
     assert [token for token, _ in drawn.logprobs.top] == [2, 1, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_draws_what_a_cpu_draws() -> None:
+    """Guards migration between devices: from equal logits every path must choose the same token."""
+    logits, seqs = logits_of(16), mixed_batch()
+    draws = [Draw(seq, 0, row) for row, seq in enumerate(seqs)]
+    there = sample_tokens(logits.cuda(), draws)
+    assert [one.token_id for one in there] == [one.token_id for one in sample_tokens(logits, draws)]

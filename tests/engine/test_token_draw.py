@@ -84,14 +84,22 @@ def test_cuts_combine_as_in_transformers() -> None:
 
 def test_cuts_touch_only_the_rows_that_ask() -> None:
     """Guards ragged batches: each row gets its own k and p, off means untouched, wide ones do not widen others."""
-    logits = logits_of(5)
-    rows = [params(), params(top_k=3), params(top_p=0.5), params(top_k=200, top_p=0.9), params(top_k=VOCAB)]
+    logits = logits_of(6)
+    rows = [
+        params(),
+        params(top_k=3),
+        params(top_p=0.5),
+        params(top_k=200, top_p=0.9),
+        params(top_k=VOCAB),
+        params(top_k=300),
+    ]
     scores = kept_scores(logits, rows)
     for row, own in enumerate(rows):
         assert torch.equal(scores[row], kept_scores(logits[row : row + 1], [own])[0])
     assert scores[0].isfinite().all()
     assert scores[1].isfinite().sum() == 3
     assert scores[4].isfinite().all()
+    assert scores[5].isfinite().sum() == 300  # more than the first guess for top_p, which this row does not want
 
 
 def test_ties_are_kept_together() -> None:
