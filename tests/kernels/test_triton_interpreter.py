@@ -21,7 +21,8 @@ NAMES = [check.name for check in CHECKS if check.interpreter]
 def outcomes() -> dict[str, str | None]:
     """One process for all checks: Triton decides between compiler and interpreter when it is imported."""
     tests = Path(__file__).parents[1]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(tests)}
+    path = os.pathsep.join(filter(None, (str(tests), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     command = [sys.executable, "-m", "support.triton_cases"]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert run.returncode == 0, run.stderr

@@ -107,7 +107,7 @@ def pointwise(dtype: torch.dtype, width: int, device: torch.device) -> None:
     got, want = (k.add_rms_norm(x, residual, weight, 1e-5) for k in (ours, reference))
     close(got[0], want[0])
     close(got[1], want[1])
-    heads = torch.randn(9, 7, width, generator=g).to(device, dtype)[:, 2:6]
+    heads = torch.randn(9, 7, width + 16, generator=g).to(device, dtype)[:, 2:6, :width]
     close(ours.rms_norm(heads, weight, 1e-6), reference.rms_norm(heads, weight, 1e-6))
     gate_up = torch.cat((x, residual), dim=1)
     close(ours.silu_mul(gate_up), reference.silu_mul(gate_up))

@@ -1,0 +1,160 @@
+/* kvbaton's CPU kernels behind one plain C interface: see kvb.h. Compiled once a machine, for that machine's vectors. */
+#include "kvb.h"
+
+#define DTYPE 0
+#include "typed.h"
+#undef DTYPE
+#define DTYPE 1
+#include "typed.h"
+#undef DTYPE
+#define DTYPE 2
+#include "typed.h"
+#undef DTYPE
+
+#define TYPED(dtype, call)                                                                                             \
+    switch (dtype) {                                                                                                   \
+    case KVB_F32: call(f32); break;                                                                                    \
+    case KVB_F16: call(f16); break;                                                                                    \
+    default: call(bf16);                                                                                               \
+    }
+
+const char *kvb_describe(void) {
+#if defined(BF16_DOT)
+    return "16 lanes, bfloat16 products";
+#elif LANES == 16
+    return "16 lanes";
+#elif LANES == 8
+    return "8 lanes";
+#else
+    return "4 lanes";
+#endif
+}
+
+int64_t kvb_packed_bytes(int64_t dtype, int64_t out, int64_t in) {
+    int64_t panels = (out + PANEL - 1) / PANEL;
+    if (dtype == KVB_F32) return panels * panel_size_f32(in) * 4;
+    return panels * (dtype == KVB_F16 ? panel_size_f16(in) : panel_size_bf16(in)) * 2;
+}
+
+void kvb_pack(int64_t dtype, const void *weight, void *packed, int64_t out, int64_t in, int64_t interleave) {
+#define CALL(T) pack_##T(weight, packed, out, in, (int)interleave)
+    TYPED(dtype, CALL)
+#undef CALL
+}
+
+int64_t kvb_workspace_bytes(const kvb_model *m, const kvb_batch *b, int64_t threads) {
+    int64_t bytes = 0;
+#define CALL(T) bytes = workspace_##T(m, b, threads)
+    TYPED(m->dtype, CALL)
+#undef CALL
+    return bytes;
+}
+
+typedef struct {
+    const kvb_model *model;
+    const kvb_batch *batch;
+    const int64_t *ids;
+    void *hidden, *work;
+} forward_args;
+
+static void forward_work(member *me, const void *arg) {
+    const forward_args *a = arg;
+#define CALL(T) forward_##T(me, a->model, a->batch, a->ids, a->hidden, a->work)
+    TYPED(a->model->dtype, CALL)
+#undef CALL
+}
+
+void kvb_forward(team *t, const kvb_model *m, const kvb_batch *b, const int64_t *token_ids, void *hidden, void *work) {
+    forward_args args = {m, b, token_ids, hidden, work};
+    team_run(t, forward_work, &args);
+}
+
+typedef struct {
+    int64_t dtype;
+    const void *x, *packed;
+    const float *bias;
+    void *y, *work;
+    int64_t rows, in, out;
+    int to;
+} linear_args;
+
+static void linear_work(member *me, const void *arg) {
+    const linear_args *a = arg;
+#define CALL(T) linear_##T(me, a->x, a->packed, a->bias, a->y, a->rows, a->in, a->out, a->to, a->work)
+    TYPED(a->dtype, CALL)
+#undef CALL
+}
+
+void kvb_linear(team *t, int64_t dtype, const void *x, const void *packed, const float *bias, void *y, int64_t rows,
+                int64_t in, int64_t out, void *work) {
+    linear_args args = {dtype, x, packed, bias, y, work, rows, in, out, TO_STORE};
+    team_run(t, linear_work, &args);
+}
+
+void kvb_logits(team *t, const kvb_model *m, const void *hidden, int64_t rows, float *logits, void *work) {
+    linear_args args = {m->dtype, hidden, m->lm_head, 0, logits, work, rows, m->hidden, m->vocab, TO_FLOAT};
+    team_run(t, linear_work, &args);
+}
+
+int64_t kvb_attention_bytes(const kvb_heads *h, const kvb_batch *b, int64_t threads) {
+    int64_t bytes = 0;
+#define CALL(T) bytes = attend_alone_bytes_##T(h, b, threads)
+    TYPED(h->dtype, CALL)
+#undef CALL
+    return bytes;
+}
+
+typedef struct {
+    const kvb_heads *heads;
+    const kvb_batch *batch;
+    const void *q;
+    void *out, *work;
+} attention_args;
+
+static void attention_work(member *me, const void *arg) {
+    const attention_args *a = arg;
+#define CALL(T) attend_alone_##T(me, a->heads, a->batch, a->q, a->out, a->work)
+    TYPED(a->heads->dtype, CALL)
+#undef CALL
+}
+
+void kvb_attention(team *t, const kvb_heads *h, const kvb_batch *b, const void *q, void *out, void *work) {
+    attention_args args = {h, b, q, out, work};
+    team_run(t, attention_work, &args);
+}
+
+typedef struct {
+    const float *logits;
+    int64_t rows, vocab, *best;
+} argmax_args;
+
+static int64_t argmax_row(const float *x, int64_t n) {
+    vf top[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
+    vi odd = {0};
+    int64_t whole = n / (4 * LANES) * (4 * LANES), at = 0;
+    for (int64_t i = 0; i < whole; i += 4 * LANES)
+        UNROLL for (int j = 0; j < 4; j++) {
+            vf v = vload(x + i + j * LANES);
+            odd |= v != v;
+            top[j] = vmax(top[j], v);
+        }
+    float best = max_lanes(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
+    for (int64_t i = whole; i < n; i++) best = x[i] > best ? x[i] : best;
+    int nan = 0;
+    for (int j = 0; j < LANES; j++) nan |= odd[j] != 0;
+    for (int64_t i = whole; i < n; i++) nan |= x[i] != x[i];
+    while (at < n - 1 && !(nan ? x[at] != x[at] : x[at] == best)) at++;
+    return at;
+}
+
+static void argmax_work(member *me, const void *arg) {
+    const argmax_args *a = arg;
+    share s = share_of(me, a->rows, 1);
+    for (int64_t from, to; share_take(&s, &from, &to);)
+        for (int64_t i = from; i < to; i++) a->best[i] = argmax_row(a->logits + i * a->vocab, a->vocab);
+}
+
+void kvb_argmax(team *t, const float *logits, int64_t rows, int64_t vocab, int64_t *best) {
+    argmax_args args = {logits, rows, vocab, best};
+    team_run(t, argmax_work, &args);
+}

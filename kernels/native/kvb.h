@@ -1,0 +1,80 @@
+/* The C interface, as `kernels/native_lib.py` declares it for ctypes. All counts are int64, all tensors contiguous.
+ *
+ * A model's storage type is float32, float16 or bfloat16. Linear weights are packed by `kvb_pack`:
+ *   panels of 32 output columns, each [in][32]; bfloat16: [in / 2][32][2], pairs of inputs side by side
+ * `gate_up` panels hold 16 gate columns and the 16 up columns of the same numbers.
+ */
+#ifndef KVB_H
+#define KVB_H
+
+#include <stdint.h>
+
+#include "team.h"
+
+enum { KVB_F32 = 0, KVB_F16 = 1, KVB_BF16 = 2 };
+
+typedef struct {
+    const void *input_norm; /* [hidden] */
+    const void *qkv;        /* packed [q_size + 2 * kv_size, hidden] */
+    const float *qkv_bias;  /* padded to whole panels, or NULL */
+    const void *q_norm;     /* [head_dim] or NULL */
+    const void *k_norm;
+    const void *out; /* packed [hidden, q_size] */
+    const float *out_bias;
+    const void *post_norm;
+    const void *gate_up; /* packed [2 * intermediate, hidden], interleaved */
+    const float *gate_up_bias;
+    const void *down; /* packed [hidden, intermediate] */
+    const float *down_bias;
+    int64_t window; /* tokens that a query sees, 0 for all */
+} kvb_layer;
+
+typedef struct {
+    int64_t dtype, num_layers, vocab, hidden, intermediate, num_heads, num_kv_heads, head_dim, rotary_half;
+    double norm_eps, scale;
+    const void *embed;   /* [vocab, hidden], or NULL: rows are read from lm_head */
+    const void *lm_head; /* packed [vocab, hidden] */
+    const void *norm;    /* [hidden] */
+    const float *cos;    /* [positions, rotary_half] */
+    const float *sin;
+    const kvb_layer *layers;
+} kvb_model;
+
+/* One ragged batch; sequences with one query first. See kernels/meta.py. */
+typedef struct {
+    int64_t num_tokens, num_seqs, num_decodes, table_width, max_context, block_size, pool_layers;
+    const int64_t *positions;    /* [num_tokens] */
+    const int64_t *slots;        /* [num_tokens] */
+    const int32_t *block_tables; /* [num_seqs, table_width] */
+    const int32_t *cu_seqlens;   /* [num_seqs + 1] */
+    const int32_t *context_lens; /* [num_seqs] */
+    void *pool;                  /* [blocks, pool_layers, 2, num_kv_heads, block_size, head_dim] */
+} kvb_batch;
+
+/* Heads and pool of one attention call outside a model. */
+typedef struct {
+    int64_t dtype, num_heads, num_kv_heads, head_dim, rotary_half, layer, window;
+    double scale;
+} kvb_heads;
+
+const char *kvb_describe(void);
+int64_t kvb_packed_bytes(int64_t dtype, int64_t out, int64_t in);
+/* interleave: weight is gate rows then up rows. */
+void kvb_pack(int64_t dtype, const void *weight, void *packed, int64_t out, int64_t in, int64_t interleave);
+
+int64_t kvb_workspace_bytes(const kvb_model *m, const kvb_batch *b, int64_t threads);
+/* token_ids [num_tokens] -> hidden [num_tokens, hidden], normed; writes K and V to the pool. */
+void kvb_forward(team *t, const kvb_model *m, const kvb_batch *b, const int64_t *token_ids, void *hidden, void *work);
+/* hidden [rows, hidden] -> logits [rows, vocab] float32. */
+void kvb_logits(team *t, const kvb_model *m, const void *hidden, int64_t rows, float *logits, void *work);
+/* best[i] = the first index of the largest of logits [rows, vocab]; a NaN counts as largest, as in torch. */
+void kvb_argmax(team *t, const float *logits, int64_t rows, int64_t vocab, int64_t *best);
+
+/* Single operations; x [rows, in] contiguous. */
+void kvb_linear(team *t, int64_t dtype, const void *x, const void *packed, const float *bias, void *y, int64_t rows,
+                int64_t in, int64_t out, void *work);
+int64_t kvb_attention_bytes(const kvb_heads *h, const kvb_batch *b, int64_t threads);
+/* q [num_tokens, num_heads, head_dim], already rotated -> out, same shape. */
+void kvb_attention(team *t, const kvb_heads *h, const kvb_batch *b, const void *q, void *out, void *work);
+
+#endif

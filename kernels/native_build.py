@@ -1,0 +1,105 @@
+"""Compiles `native/*.c` once for this machine and keeps the library in the user's cache folder.
+
+    <cache>/kvbaton/native-<digest>.so      digest of sources, compiler, flags and the processor's features
+
+A home folder shared by different machines holds one library for each kind. A library appears under its name only when
+it is complete (rename), so any number of processes may start at once; at worst two of them compile the same thing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "native"
+SWITCH = "KVBATON_NATIVE"  # "0" turns native kernels off
+_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=default")
+_LIBRARIES = ("-lpthread", "-lm")
+_TIMEOUT_S = 600
+
+
+class NativeUnavailable(RuntimeError):
+    """There is no native library here; the message says why."""
+
+
+def built_library() -> Path:
+    """The library's path, compiled now if it is not there yet. Raises `NativeUnavailable`."""
+    if os.environ.get(SWITCH) == "0":
+        raise NativeUnavailable(f"{SWITCH}=0")
+    compiler = _compiler()
+    path = _cache_folder() / f"native-{_digest(compiler)}.so"
+    if not path.exists():
+        _compile(compiler, path)
+    return path
+
+
+def _compiler() -> str:
+    named = os.environ.get("CC")
+    for name in (named,) if named else ("gcc", "cc"):
+        found = shutil.which(name)
+        if found:
+            return found
+    raise NativeUnavailable(f"no C compiler: {named or 'gcc or cc'} is not on the PATH")
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "kvbaton"
+
+
+def _digest(compiler: str) -> str:
+    state = hashlib.blake2b(digest_size=12)
+    for source in sorted(SOURCES.iterdir()):
+        if source.suffix in (".c", ".h"):
+            state.update(source.name.encode() + source.read_bytes())
+    state.update(" ".join((compiler, _version(compiler), *_FLAGS, _processor())).encode())
+    return state.hexdigest()
+
+
+def _version(compiler: str) -> str:
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NativeUnavailable(f"{compiler} --version failed: {error}") from error
+
+
+def _processor() -> str:
+    """What `-march=native` looks at, as far as the kernel tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    wanted = ("model name", "cpu family", "model", "flags", "Features", "CPU part")
+    seen = {line for line in lines if line.split(":")[0].strip() in wanted}
+    return platform.machine() + "\n".join(sorted(seen))
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Into a file of our own, then renamed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    except OSError as error:
+        raise NativeUnavailable(f"{path.parent} is not writable: {error}") from error
+    os.close(handle)
+    unfinished = Path(name)
+    sources = [str(source) for source in sorted(SOURCES.glob("*.c"))]
+    command = [compiler, *_FLAGS, *sources, "-o", name, *_LIBRARIES]
+    log.info("compiling CPU kernels into %s", path)
+    try:
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TIMEOUT_S)
+        unfinished.replace(path)
+    except subprocess.CalledProcessError as error:
+        raise NativeUnavailable(f"{compiler} failed: {error.stderr.strip()[-500:]}") from error
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NativeUnavailable(f"{compiler} failed: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
