@@ -9,6 +9,7 @@ import pytest
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.engine.tiny import Family
 from kvbaton.router.engine_info import Role
+from support.http_endpoint import MODEL_ID, http_endpoint
 from support.local_cluster import EngineOptions, LocalCluster
 from support.oracle import FAMILIES, TinyModels, oracle_tokens, prompts
 
@@ -42,6 +43,11 @@ async def test_split_equals_the_oracle(tiny_model: TinyModels, family: Family) -
         await cluster.assert_clean()
         stats = prefill.stats()
         assert stats.transfer.handoffs_acked == len(prompts()) + 16
+        async with http_endpoint(cluster, model) as http:
+            for i, prompt in enumerate(prompts()):
+                body = {"model": MODEL_ID, "prompt": prompt, "max_tokens": 64, "temperature": 0, "ignore_eos": True}
+                reply = await http.post("/v1/completions", json=body | {"return_token_ids": True})
+                assert reply.json()["choices"][0]["token_ids"] == oracle[i]
         assert stats.transfer.bytes_sent > 0
 
 
