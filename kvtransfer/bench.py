@@ -127,7 +127,8 @@ def _measure_size(options: BenchOptions, tls: str, size: int, prefill: BenchProc
 
 def _format(row: BenchRow) -> str:
     size = f"{row.block_bytes // _KIB} KiB"
-    return f"{row.tls:>8} {size:>10} {row.perftest_gb_s:>10.2f} {row.handoff_gb_s:>10.2f} {row.ratio:>7.2f}  {row.transports}"
+    speeds = f"{row.perftest_gb_s:>10.2f} {row.handoff_gb_s:>10.2f} {row.ratio:>7.2f}"
+    return f"{row.tls:>8} {size:>10} {speeds}  {row.transports}"
 
 
 def main(argv: Sequence[str]) -> int:

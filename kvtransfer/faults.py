@@ -1,7 +1,7 @@
 """A transport that wraps another and breaks what a plan says: for tests and chaos runs, never in an engine by default.
 
-Faults strike where a message leaves. A delayed control frame holds those behind it, since frames keep their order; blocks
-are delayed one by one. A truncated block arrives as an empty message, which completes the receive as UCX does.
+Faults strike where a message leaves. A delayed control frame holds those behind it, since frames keep their order;
+blocks are delayed one by one. A truncated block arrives as an empty message, which completes the receive as UCX does.
 """
 
 from __future__ import annotations

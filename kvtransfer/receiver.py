@@ -40,6 +40,7 @@ class ReceiveHandoff:
         self._link = link
         self._receives: deque[Operation] = deque()
         self._announced = 0  # prompt blocks below this index are on their way or not wanted
+        self._moved_at = 0.0  # when a block was last announced or received
         self._payload: bytes | None = None
 
     # commands
@@ -77,6 +78,7 @@ class ReceiveHandoff:
             self.fail(f"blocks {message.first_block}..{end - 1} announced, {self._announced} is next", now)
             return
         self._announced = end
+        self._moved_at = now
 
     def on_done(self, message: DoneMessage, now: float) -> None:
         self._require_landing("DONE")
@@ -111,10 +113,17 @@ class ReceiveHandoff:
             taken += 1
             if failure is not None:
                 self.fail(f"receive failed: {failure}", now)
+        if taken:
+            self._moved_at = now
+            self._link.received(taken)
         if not self._receives:
             self._land_or_release()
-        self._link.received(taken)
         return taken > 0
+
+    def on_tick(self, now: float, stall_s: float) -> None:
+        missing = self._announced - (self.offer.num_blocks - len(self._receives))
+        if self.state is ReceiverState.LANDING and missing > 0 and now - self._moved_at >= stall_s:
+            self.fail(f"stalled: {missing} announced blocks, none came in {stall_s} s", now)
 
     def fail(self, reason: str, now: float) -> None:
         """Failed here: the peer is told, the worker is told."""

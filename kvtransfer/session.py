@@ -79,6 +79,8 @@ class Session:
         self._owner = owner
         self._now = now
         self._heard = now
+        self._sent = 0
+        self._received = 0
         self._renew_at = now
         self._slow = False
         self._backlog: list[Message] = []
@@ -134,6 +136,8 @@ class Session:
         self._warn_if_slow()
         for sender in list(self.senders.values()):
             sender.on_tick(now)
+        for receiver in list(self.receivers.values()):
+            receiver.on_tick(now, settings.stall_s)
         if now >= self._renew_at:
             self._renew()
         handoffs = self._handoffs()
@@ -190,7 +194,8 @@ class Session:
             if isinstance(message, CancelMessage | FailMessage):
                 message = type(message)(message.handle, message.reason[:MAX_REASON_CHARS])
             self.messages += 1
-            self.channel.send(encode(Frame(self._owner.generation, self.peer.generation, message)))
+            self.channel.send(encode(Frame(self._sent, self._owner.generation, self.peer.generation, message)))
+            self._sent += 1
 
     def emit(self, event: Event) -> None:
         self._owner.emit(event)
@@ -226,6 +231,9 @@ class Session:
             raise WireError(f"frame from generation {frame.source_generation}, session is with {self.peer}")
         if frame.target_generation != self._owner.generation:
             raise WireError(f"frame for generation {frame.target_generation}, this is {self._owner.generation}")
+        if frame.number != self._received:
+            raise WireError(f"frame {frame.number} came where {self._received} was due")
+        self._received += 1
         self._heard = self._now
         self.messages += 1
         self._dispatch(frame.message)

@@ -26,13 +26,14 @@ class TransferSettings:
 
     `lease_s`: prefill's hold on a hand-off of which decode says nothing, and the silence after which a session with
     open hand-offs counts as dead. `drain_s`: how long a cancelled hand-off may wait for the peer to finish its
-    operations before the session is closed to make them end. `bandwidth_floor_bytes_s`: a slower pair is logged as a
-    warning; 0 is off.
+    operations before the session is closed to make them end. `stall_s`: announced blocks of which none arrives for so
+    long fail their hand-off. `bandwidth_floor_bytes_s`: a slower pair is logged as a warning; 0 is off.
     """
 
     lease_s: float = 10.0
     connect_s: float = 5.0
     drain_s: float = 5.0
+    stall_s: float = 30.0
     send_window: int = 32
     max_handoffs_per_session: int = 4096
     max_blocks_per_handoff: int = 1 << 17
@@ -40,7 +41,15 @@ class TransferSettings:
     bandwidth_floor_bytes_s: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("lease_s", "connect_s", "drain_s", "send_window", "max_handoffs_per_session", "max_payload_bytes"):
+        for name in (
+            "lease_s",
+            "connect_s",
+            "drain_s",
+            "stall_s",
+            "send_window",
+            "max_handoffs_per_session",
+            "max_payload_bytes",
+        ):
             if getattr(self, name) <= 0:
                 raise TransferSettingsError(f"{name} must be positive, not {getattr(self, name)}")
         if not 0 < self.max_blocks_per_handoff < 1 << 24:

@@ -1,8 +1,8 @@
 """The control messages of an open session and their strict msgpack form.
 
-A frame is one flat msgpack array: [type, sender generation, receiver generation, fields...]. Decoding checks the type
-and range of every field and knows no map, no extension type and no nesting but RENEW's list of handles, so that a
-hostile frame costs its own bytes and nothing more.
+A frame is one flat msgpack array: [type, number, sender generation, receiver generation, fields...]. Decoding checks
+the type and range of every field and knows no map, no extension type and no nesting but RENEW's list of handles, so
+that a hostile frame costs its own bytes and nothing more.
 
 Protocol version, spoken in HELLO (handshake.py); raise it with any change here and add a line:
 1  first version
@@ -109,8 +109,12 @@ Message = (
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A message with the generations of the engines it goes from and to."""
+    """A message with the generations of the engines it goes from and to, and its number in its own direction.
 
+    A gap in the numbers tells at once that a frame was lost, which else only a timeout would.
+    """
+
+    number: int
     source_generation: int
     target_generation: int
     message: Message
@@ -173,29 +177,29 @@ _SCHEMA: tuple[tuple[int, Any, tuple[Callable[[Any], Any], ...]], ...] = (
     (7, FailMessage, (_REASON,)),
 )
 _RENEW = 8
-_BY_NUMBER = {number: (cls, checks) for number, cls, checks in _SCHEMA}
-_NUMBER_OF = {cls: number for number, cls, _ in _SCHEMA}
+_BY_KIND = {kind: (cls, checks) for kind, cls, checks in _SCHEMA}
+_KIND_OF = {cls: kind for kind, cls, _ in _SCHEMA}
 
 
 def encode(frame: Frame) -> bytes:
     message = frame.message
-    head = [frame.source_generation, frame.target_generation]
+    head = [frame.number, frame.source_generation, frame.target_generation]
     if isinstance(message, RenewMessage):
         handles = [part for h in message.handles for part in (h.request_id, h.epoch, h.serial)]
         return _pack([_RENEW, *head, message.stamp_us, message.is_reply, handles])
     handle = message.handle
     fields = [getattr(message, name) for name in message.__slots__[1:]]
-    return _pack([_NUMBER_OF[type(message)], *head, handle.request_id, handle.epoch, handle.serial, *fields])
+    return _pack([_KIND_OF[type(message)], *head, handle.request_id, handle.epoch, handle.serial, *fields])
 
 
 def decode(data: bytes | bytearray, max_bytes: int) -> Frame:
     """Raises WireError on anything but one well-formed frame of at most `max_bytes`."""
     parts = unpack_array(data, max_bytes, max_items=3 * MAX_RENEW_HANDLES)
-    if len(parts) < 3:
-        raise WireError(f"a frame has at least 3 fields, got {len(parts)}")
-    number, source, target = _U32(parts[0]), _U63(parts[1]), _U63(parts[2])
-    message = _decode_renew(parts[3:]) if number == _RENEW else _decode_message(number, parts[3:])
-    return Frame(source, target, message)
+    if len(parts) < 4:
+        raise WireError(f"a frame has at least 4 fields, got {len(parts)}")
+    kind, number, source, target = _U32(parts[0]), _U63(parts[1]), _U63(parts[2]), _U63(parts[3])
+    message = _decode_renew(parts[4:]) if kind == _RENEW else _decode_message(kind, parts[4:])
+    return Frame(number, source, target, message)
 
 
 def unpack_array(data: bytes | bytearray, max_bytes: int, max_items: int) -> list[Any]:
@@ -219,10 +223,10 @@ def unpack_array(data: bytes | bytearray, max_bytes: int, max_items: int) -> lis
     return parts
 
 
-def _decode_message(number: int, fields: list[Any]) -> Message:
-    if number not in _BY_NUMBER:
-        raise WireError(f"unknown message type {number}")
-    cls, checks = _BY_NUMBER[number]
+def _decode_message(kind: int, fields: list[Any]) -> Message:
+    if kind not in _BY_KIND:
+        raise WireError(f"unknown message type {kind}")
+    cls, checks = _BY_KIND[kind]
     if len(fields) != 3 + len(checks):
         raise WireError(f"{cls.__name__} has {3 + len(checks)} fields, got {len(fields)}")
     values = [check(value) for check, value in zip(checks, fields[3:], strict=True)]

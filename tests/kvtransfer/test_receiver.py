@@ -1,4 +1,4 @@
-"""Guards decode's side: receives before GRANT, Landed only when all is here and the peer lives, release after the last."""
+"""Guards decode's side: receives before GRANT, Landed only when all is here and the peer lives, release last."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kvbaton.kvtransfer.messages import Failed, HandoffKey, Landed, Landing, Off
 from kvbaton.kvtransfer.receiver import ReceiveHandoff
 from kvbaton.kvtransfer.states import IllegalTransition, ReceiverState
 from kvbaton.kvtransfer.wire import BLOCK_TAG, AckMessage, BlocksMessage, DoneMessage, GrantMessage, Handle
-from kvtransfer.recording_link import RecordingLink
+from support.recording_link import RecordingLink
 
 KEY = HandoffKey("r", 2)
 HANDLE = Handle("r", 2, 7)

@@ -1,4 +1,4 @@
-"""Guards prefill's side: blocks are read only under a grant, each granted block is answered once, release comes last."""
+"""Guards prefill's side: blocks are read only under a grant, each granted one is answered once, release comes last."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kvbaton.kvtransfer.messages import Failed, Granted, HandoffKey, Offer, Rele
 from kvbaton.kvtransfer.sender import SendHandoff
 from kvbaton.kvtransfer.states import IllegalTransition, SenderState
 from kvbaton.kvtransfer.wire import BLOCK_TAG, BlocksMessage, DoneMessage, GrantMessage, Handle
-from kvtransfer.recording_link import RecordingLink
+from support.recording_link import RecordingLink
 
 KEY = HandoffKey("r", 2)
 HANDLE = Handle("r", 2, 7)

@@ -38,7 +38,7 @@ RECEIVER = {
 }
 
 
-@pytest.mark.parametrize(("state", "step"), itertools.product(SenderState, SenderStep))
+@pytest.mark.parametrize(("state", "step"), list(itertools.product(SenderState, SenderStep)))
 def test_sender_steps(state: SenderState, step: SenderStep) -> None:
     if (state, step) in SENDER:
         assert next_sender_state(state, step) is SENDER[state, step]
@@ -47,7 +47,7 @@ def test_sender_steps(state: SenderState, step: SenderStep) -> None:
             next_sender_state(state, step)
 
 
-@pytest.mark.parametrize(("state", "step"), itertools.product(ReceiverState, ReceiverStep))
+@pytest.mark.parametrize(("state", "step"), list(itertools.product(ReceiverState, ReceiverStep)))
 def test_receiver_steps(state: ReceiverState, step: ReceiverStep) -> None:
     if (state, step) in RECEIVER:
         assert next_receiver_state(state, step) is RECEIVER[state, step]
