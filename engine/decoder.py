@@ -9,6 +9,8 @@ layer. Attention reads K and V from the paged pool only: a chunk's own are writt
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -18,6 +20,13 @@ from kvbaton.engine.rope import rope_tables
 from kvbaton.engine.weights import AttentionWeights, DecoderWeights, MlpWeights, MoeWeights
 from kvbaton.kernels.backend import Kernels
 from kvbaton.kernels.meta import AttentionMeta
+
+
+class RotaryTables(NamedTuple):
+    """Each [max_positions, rotary_dim / 2] float32."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
 
 
 class Decoder:
@@ -30,9 +39,8 @@ class Decoder:
         self.config = config
         self.weights = weights
         self._kernels = kernels
-        self._cos, self._sin = rope_tables(
-            config.rope, config.head_dim, max_positions or config.max_position_embeddings, self.device
-        )
+        positions = max_positions or config.max_position_embeddings
+        self.rotary = RotaryTables(*rope_tables(config.rope, config.head_dim, positions, self.device))
         self._scale = config.head_dim**-0.5
         # the norm after layer i is layer i + 1's first, or the last one
         self._norm_after = (*(layer.input_norm for layer in weights.layers[1:]), weights.norm)
@@ -47,7 +55,7 @@ class Decoder:
 
     @property
     def max_positions(self) -> int:
-        return self._cos.shape[0]
+        return self.rotary.cos.shape[0]
 
     @property
     def capturable(self) -> bool:
@@ -93,7 +101,7 @@ class Decoder:
         if layer.q_norm is not None and layer.k_norm is not None:
             q = self._kernels.rms_norm(q, layer.q_norm, config.rms_norm_eps)
             k = self._kernels.rms_norm(k, layer.k_norm, config.rms_norm_eps)
-        q = self._kernels.rope_and_write_kv(q, k, v, self._cos, self._sin, kv_cache, index, meta)
+        q = self._kernels.rope_and_write_kv(q, k, v, self.rotary.cos, self.rotary.sin, kv_cache, index, meta)
         out = self._kernels.paged_attention(q, kv_cache, index, meta, self._scale, config.sliding_windows[index])
         return F.linear(out.flatten(1), layer.out, layer.out_bias)
 

@@ -18,6 +18,7 @@ from kvbaton.engine.kv_manager import KVManager
 from kvbaton.engine.memory import num_blocks_for, usable_model_len
 from kvbaton.engine.model_config import ModelConfig
 from kvbaton.engine.model_loader import LoadedModel, load_model
+from kvbaton.engine.native_decoder import native_decoder
 from kvbaton.engine.runner import Runner
 from kvbaton.kernels.backend import kernels_for
 
@@ -49,7 +50,7 @@ class Engine:
         self._fingerprint = model.fingerprint
         self._device = device
         self._kernels = kernels_for(device)
-        self._runner = Runner(model.decoder, self.cache.pool)
+        self._runner = Runner(native_decoder(model.decoder), self.cache.pool)
 
     @classmethod
     def load(cls, config: EngineConfig) -> Engine:

@@ -9,13 +9,13 @@ hidden state of its last computed token: the next chunk's first log-probability 
 from __future__ import annotations
 
 from itertools import chain
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from kvbaton.engine.batch import SampledToken, ScheduledRow, StepResult
-from kvbaton.engine.decoder import Decoder
 from kvbaton.engine.logprobs import token_logprobs
 from kvbaton.engine.request import TokenLogprobs
 from kvbaton.engine.sampler import Draw, sample_tokens
@@ -27,10 +27,21 @@ LOGPROB_ROWS = 128  # prompt tokens whose logits [LOGPROB_ROWS, vocab] exist at 
 PromptLogprobs = tuple[TokenLogprobs | None, ...]
 
 
+class ForwardPass(Protocol):
+    """What runs a model: the plain decoder or the native one. See `Decoder` for the shapes."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def forward(self, token_ids: torch.Tensor, kv_cache: torch.Tensor, meta: AttentionMeta) -> torch.Tensor: ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
 class Runner:
     """A decoder with its KV pool [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]."""
 
-    def __init__(self, decoder: Decoder, pool: torch.Tensor) -> None:
+    def __init__(self, decoder: ForwardPass, pool: torch.Tensor) -> None:
         self._decoder = decoder
         self._pool = pool
         self._block_size = pool.shape[4]

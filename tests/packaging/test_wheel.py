@@ -19,7 +19,7 @@ import kvbaton
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMPONENTS = ("cluster", "decode_worker", "engine", "kernels", "kvtransfer", "prefill_worker", "router")
-DATA_SUFFIXES = (".py", ".json", ".c", ".yaml")
+DATA_SUFFIXES = (".py", ".json", ".c", ".h", ".yaml")
 
 
 def run(*command: str | Path, cwd: Path) -> str:

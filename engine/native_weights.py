@@ -1,0 +1,126 @@
+"""A decoder's weights in the layout that the native library multiplies with, and the structures that point at them.
+
+Packing takes a weight over: as soon as its packed copy exists, the plain tensor's memory is given back, so a model
+never lies in memory twice. A taken tensor raises when it is read.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from kvbaton.engine.decoder import Decoder
+from kvbaton.engine.weights import AttentionWeights, LayerWeights, MlpWeights
+from kvbaton.kernels.native_lib import DTYPE_CODES, LayerStruct, ModelStruct
+
+PANEL = 32  # columns that are packed together; biases are padded to whole panels
+_HALF_PANEL = PANEL // 2
+
+
+@dataclass(frozen=True, slots=True)
+class NativeWeights:
+    """`model` points into `kept`; it is valid as long as this object lives."""
+
+    model: ModelStruct
+    kept: tuple[object, ...]
+
+
+class Packer:
+    """Packs tensors of one model and keeps what the structures point at."""
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self._library = library
+        self._code = DTYPE_CODES[dtype]
+        self.kept: list[object] = []
+
+    def keep(self, tensor: torch.Tensor | None) -> int | None:
+        """The address of a tensor that is used as it is."""
+        if tensor is None:
+            return None
+        tensor = tensor.contiguous()
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def pack(self, weight: torch.Tensor, interleave: bool = False, take: bool = True) -> int:
+        """weight [out, in] -> address of its panels. `interleave`: the rows are gate, then up."""
+        out, inputs = weight.shape
+        rows = 2 * _whole(out // 2, _HALF_PANEL) if interleave else out
+        packed = torch.empty(self._library.kvb_packed_bytes(self._code, rows, inputs), dtype=torch.uint8)
+        source = weight.contiguous()
+        self._library.kvb_pack(self._code, source.data_ptr(), packed.data_ptr(), out, inputs, int(interleave))
+        if take:
+            weight.untyped_storage().resize_(0)
+        self.kept.append(packed)
+        return packed.data_ptr()
+
+    def bias(self, bias: torch.Tensor | None, interleave: bool = False) -> int | None:
+        """bias [out] as float32 in the order of the packed columns."""
+        if bias is None:
+            return None
+        parts = bias.float().chunk(2) if interleave else (bias.float(),)
+        width = _HALF_PANEL if interleave else PANEL
+        padded = [torch.nn.functional.pad(part, (0, _whole(len(part), width) - len(part))) for part in parts]
+        return self.keep(torch.stack([part.view(-1, width) for part in padded], dim=1).flatten())
+
+
+def pack_decoder(decoder: Decoder, library: ctypes.CDLL) -> NativeWeights:
+    """Takes the decoder's matrices over; it cannot run afterwards."""
+    config, weights = decoder.config, decoder.weights
+    packer = Packer(library, decoder.dtype)
+    layers = (LayerStruct * config.num_layers)()
+    for index, layer in enumerate(weights.layers):
+        layers[index] = _layer(packer, layer, config.sliding_windows[index])
+    tied = weights.lm_head is weights.embed
+    model = ModelStruct(
+        dtype=DTYPE_CODES[decoder.dtype],
+        num_layers=config.num_layers,
+        vocab=config.vocab_size,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rotary_half=decoder.rotary.cos.shape[1],
+        norm_eps=config.rms_norm_eps,
+        scale=config.head_dim**-0.5,
+        embed=None if tied else packer.keep(weights.embed),
+        lm_head=packer.pack(weights.lm_head),
+        norm=packer.keep(weights.norm),
+        cos=packer.keep(decoder.rotary.cos),
+        sin=packer.keep(decoder.rotary.sin),
+        layers=layers,
+    )
+    return NativeWeights(model, (*packer.kept, layers))
+
+
+def _layer(packer: Packer, layer: LayerWeights, window: int | None) -> LayerStruct:
+    attention, mlp = layer.attention, layer.mlp
+    if not isinstance(mlp, MlpWeights):
+        raise ValueError("expert layers are not packed")
+    return LayerStruct(
+        input_norm=packer.keep(layer.input_norm),
+        post_norm=packer.keep(layer.post_norm),
+        **_attention(packer, attention),
+        gate_up=packer.pack(mlp.gate_up, interleave=True),
+        gate_up_bias=packer.bias(mlp.gate_up_bias, interleave=True),
+        down=packer.pack(mlp.down),
+        down_bias=packer.bias(mlp.down_bias),
+        window=window or 0,
+    )
+
+
+def _attention(packer: Packer, attention: AttentionWeights) -> dict[str, int | None]:
+    return {
+        "qkv": packer.pack(attention.qkv),
+        "qkv_bias": packer.bias(attention.qkv_bias),
+        "q_norm": packer.keep(attention.q_norm),
+        "k_norm": packer.keep(attention.k_norm),
+        "out": packer.pack(attention.out),
+        "out_bias": packer.bias(attention.out_bias),
+    }
+
+
+def _whole(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
