@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import uvloop
 from rich.console import Console
@@ -68,15 +69,43 @@ def main(argv: list[str]) -> int:
     except (UsageError, TargetError, TraceError, PlotUnavailable, ConnectionFailed) as error:
         console.print(f"[red]kvbaton bench serve:[/red] {error}", highlight=False, soft_wrap=True)
         return EXIT_USAGE
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        console.print("stopped before anything was measured")
+        return EXIT_INTERRUPTED
+
+
+class _Interrupt:
+    """What Ctrl-C ends: the run once there is one, before that the whole program. Once stopped, a run's results are
+    printed and written however often Ctrl-C is pressed."""
+
+    def __init__(self, program: asyncio.Task[Any] | None) -> None:
+        self._program = program
+        self.run: LoadRun | None = None
+
+    def __call__(self) -> None:
+        if self.run is not None:
+            self.run.stop()
+        elif self._program is not None:
+            self._program.cancel()
 
 
 async def _bench(console: Console, options: BenchOptions, command: str) -> int:
+    loop = asyncio.get_running_loop()
+    interrupt = _Interrupt(asyncio.current_task())
+    loop.add_signal_handler(signal.SIGINT, interrupt)
+    try:
+        return await _bench_until(interrupt, console, options, command)
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+
+
+async def _bench_until(interrupt: _Interrupt, console: Console, options: BenchOptions, command: str) -> int:
     http = HttpClient(options.target.address, options.target.api_key)
     try:
         prepared = await _prepare(http, options)
         await _warm_up(http, options, prepared)
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
-        outcome = await _measure(console, http, options, prepared)
+        outcome = await _measure(interrupt, console, http, options, prepared)
     finally:
         http.close()
     summary = summarize(outcome.records, options.slo)
@@ -123,11 +152,15 @@ async def _warm_up(http: HttpClient, options: BenchOptions, prepared: Prepared) 
         request = warmup_request(index, 8, WARMUP_TOKENS)
         job = Job(index, prepared.encode(request), time.perf_counter(), WARMUP_TOKENS, 8)
         record = await client.run(job)
+        if record.interrupted:
+            raise asyncio.CancelledError
         if record.failure is not None:
             raise TargetError(f"the warm-up request failed ({record.failure.kind}): {record.failure.message}")
 
 
-async def _measure(console: Console, http: HttpClient, options: BenchOptions, prepared: Prepared) -> Outcome:
+async def _measure(
+    interrupt: _Interrupt, console: Console, http: HttpClient, options: BenchOptions, prepared: Prepared
+) -> Outcome:
     """Run the plan under the progress bar; Ctrl-C stops it and keeps what was measured."""
     plan = prepared.plan
     show = options.output.progress and console.is_terminal
@@ -137,13 +170,9 @@ async def _measure(console: Console, http: HttpClient, options: BenchOptions, pr
         pacer = WallPacer()
         client = CompletionClient(http, pacer.now, options.target.timeout_s)
         run = LoadRun(client, prepared.encode, pacer, bar)
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, run.stop)
+        interrupt.run = run
         cpu_before_s = time.process_time()
-        try:
-            records = await _drive(run, plan, options, pacer)
-        finally:
-            loop.remove_signal_handler(signal.SIGINT)
+        records = await _drive(run, plan, options, pacer)
         return Outcome(records, time.process_time() - cpu_before_s, run.stopped)
 
 

@@ -13,8 +13,11 @@ from typing import Any
 
 import orjson
 import pytest
+from rich.console import Console
 
+from kvbaton.cluster.bench import serve
 from kvbaton.cluster.bench.options import UsageError, parse_options
+from kvbaton.cluster.bench.report import Report
 from kvbaton.cluster.bench.serve import EXIT_ALL_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, main
 from support.scripted_openai import Reply, Script, ScriptedServer, answer_all
 
@@ -236,6 +239,41 @@ def test_ctrl_c_prints_partial_results(tmp_path: Path, capsys: pytest.CaptureFix
     summary = loaded(result)["report"]["summary"]
     assert (summary["completed"], summary["interrupted"], summary["failed"]) == (2, 2, 0)
     assert "stopped early" in capsys.readouterr().out
+
+
+def test_a_second_ctrl_c_does_not_cut_off_the_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards an impatient user, and `timeout -s INT`, which signals twice: the table and the JSON still come."""
+    result = tmp_path / "r.json"
+    print_report = serve.print_report
+
+    async def script(reply: Reply) -> None:
+        reply.start()
+        os.kill(os.getpid(), signal.SIGINT)
+        await reply.gone()
+
+    def interrupted_report(console: Console, report: Report) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        print_report(console, report)
+
+    monkeypatch.setattr(serve, "print_report", interrupted_report)
+    with running(script) as server:
+        assert bench(server, f"--concurrency 1 --warmup 0 --json {result}") == EXIT_INTERRUPTED
+    assert loaded(result)["report"]["summary"]["interrupted"] == 1
+    assert "stopped early" in capsys.readouterr().out
+
+
+def test_ctrl_c_before_the_run_is_no_stack_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards a stop while the endpoint is slow to answer the warm-up."""
+
+    async def script(reply: Reply) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        await reply.gone()
+
+    with running(script) as server:
+        assert bench(server, "") == EXIT_INTERRUPTED
+    assert "stopped before anything was measured" in capsys.readouterr().out
 
 
 def test_duration_ends_a_closed_loop() -> None:
