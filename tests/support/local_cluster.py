@@ -44,9 +44,12 @@ class LocalCluster:
         options: EngineOptions | None = None,
         config: ClientConfig | None = None,
         local_prefill_max_tokens: int = 0,
+        special: dict[str, EngineOptions] | None = None,
     ) -> None:
+        """`special` gives single engines, by name, options of their own."""
         self._model = model
         self._options = options or EngineOptions()
+        self._special = special or {}
         self._roles = roles
         self.engines: dict[str, EngineProcess] = {}
         self.membership = StaticMembership()
@@ -56,7 +59,9 @@ class LocalCluster:
     async def __aenter__(self) -> LocalCluster:
         names = [f"{role.value}-{i}" for i, role in enumerate(self._roles)]
         for name, role in zip(names, self._roles, strict=True):
-            self.engines[name] = EngineProcess(host_settings(name, role, self._model, self._options))
+            self.engines[name] = EngineProcess(
+                host_settings(name, role, self._model, self._special.get(name, self._options))
+            )
         infos = await asyncio.gather(*(asyncio.to_thread(engine.start) for engine in self.engines.values()))
         self.membership.set(tuple(infos))
         await self.client.start()
