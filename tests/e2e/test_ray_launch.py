@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import signal
 import socket
 import subprocess
@@ -12,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from kvbaton.cluster.preflight import check_redis
 from kvbaton.cluster.valkey import EmbeddedValkey
-from support.launcher import Launcher, survivors
+from support.launcher import Launcher, survivors, wait_until
 
 TinyModel = Callable[[str], Path]
 
@@ -79,18 +79,26 @@ def test_damaged_weights_end_the_launch_with_the_reason(tiny_model: TinyModel, t
         launcher.close()
 
 
+def run_dir(launcher: Launcher) -> Path:
+    """Where this launch keeps its files, as it says itself."""
+    return Path(launcher.wait_line("its logs in").partition("its logs in ")[2].split()[0])
+
+
 @pytest.mark.ray
 @pytest.mark.redis
 def test_a_killed_launcher_takes_everything_with_it(tiny_model: TinyModel) -> None:
-    """Guards against orphans after `kill -9` or a crash: engines, Ray, HAProxy and the state server all go."""
-    launcher = Launcher(tiny_model("llama"), "--prefill", "0", "--decode", "0", "--hybrid", "1", "--kv-memory", "16MiB")
+    """Guards against orphans after `kill -9` or a crash: engines, Ray, HAProxy, the state server and files all go."""
+    arguments = ("--prefill", "0", "--decode", "0", "--hybrid", "1", "--kv-memory", "16MiB")
+    launcher = Launcher(tiny_model("llama"), *arguments)
     try:
+        folder = run_dir(launcher)
         launcher.wait_ready()
         family = launcher.family()
         assert any("haproxy" in process.name() for process in family)
         assert any("valkey" in process.name() for process in family)
         assert launcher.stop(signal.SIGKILL) == -signal.SIGKILL
         assert survivors(family, 20.0) == []
+        assert wait_until(lambda: not folder.exists(), 10)
     finally:
         launcher.close()
 
@@ -98,17 +106,19 @@ def test_a_killed_launcher_takes_everything_with_it(tiny_model: TinyModel) -> No
 @pytest.mark.ray
 @pytest.mark.redis
 def test_sigterm_during_start_leaves_nothing(tiny_model: TinyModel) -> None:
-    """Guards the moment when half of it is up. The user's own Redis lives on, and is given back clean of engines."""
+    """Guards the moment when half of it is up; and the user's own Redis must live on."""
     server = EmbeddedValkey()
-    before = set(glob.glob("/tmp/kvbaton-*"))
-    launcher = Launcher(tiny_model("llama"), "--redis", server.start())
+    arguments = ("--redis", server.start())
+    launcher = Launcher(tiny_model("llama"), *arguments)
     try:
+        folder = run_dir(launcher)
         launcher.wait_line("engines")
         family = launcher.family()
         assert launcher.stop(signal.SIGTERM) == 0
         assert survivors(family, 5.0) == []
         assert launcher.lines[-1] == "stopped"
-        assert set(glob.glob("/tmp/kvbaton-*")) <= before
+        assert not folder.exists()
+        check_redis(server.url, "kvbaton")
     finally:
         launcher.close()
         server.stop()

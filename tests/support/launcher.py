@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -105,3 +107,13 @@ def survivors(processes: list[psutil.Process], timeout_s: float) -> list[str]:
     """Command lines of those that are still there after `timeout_s`."""
     _, alive = psutil.wait_procs(processes, timeout=timeout_s)
     return [command_of(process) for process in alive if process.is_running() and command_of(process)]
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Whether the condition came true in time; for what another process does."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
