@@ -70,9 +70,9 @@ def _bench_serve(arguments: list[str]) -> int:
 
 
 def _bench_transfer(arguments: list[str]) -> int:
-    from kvbaton.kvtransfer import bench
+    from kvbaton.kvtransfer.bench import main as bench_transfer
 
-    return bench.main(arguments)
+    return bench_transfer(arguments)
 
 
 def _make_model(arguments: list[str]) -> int:

@@ -160,3 +160,14 @@ def test_what_the_launcher_adds_listens_on_loopback_only(cluster: Launcher) -> N
         if item.status == psutil.CONN_LISTEN
     }
     assert doors == {("haproxy", "127.0.0.1"), ("valkey", "127.0.0.1")}
+
+
+def test_the_state_server_may_go_away(
+    cluster: Launcher, client: httpx.Client, tiny_model: Callable[[str], Path], oracle_tokens: Oracle
+) -> None:
+    """Guards serving without the store: known engines go on, as do metrics. Last here: the server stays away."""
+    cluster.child("valkey-server").kill()
+    for prompt in PROMPTS * 3:
+        assert token_ids(client, prompt) == oracle_tokens(tiny_model("llama"), prompt, 24)
+    assert client.get("/ready").status_code == 200
+    assert "kvbaton_engine_up" in client.get("/metrics").text
