@@ -1,6 +1,6 @@
 """What serving costs beside the model: CPU per streamed token, and the time to first token on an idle split cluster.
 
-    python benchmarks/serving_path.py                    # a tiny model made on the spot, 1 prefill + 1 decode on CPU
+    python benchmarks/serving_path.py                    # a small model made on the spot, 1 prefill + 1 decode on CPU
     python benchmarks/serving_path.py --streams 32 --json docs/results/cpu-2core/serving_path.json
 
 This process is `kvbaton serve` itself; a thread beside it measures. Load comes from `kvbaton bench serve` in a process
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import itertools
 import json
 import os
 import signal
@@ -34,9 +35,12 @@ from rich.console import Console
 from kvbaton.cluster.config import ClusterConfig, EngineSettings, HttpSettings, ModelSettings, RouterSettings
 from kvbaton.cluster.ray_cluster import NAMESPACE, free_ports
 from kvbaton.cluster.screen import Screen
-from kvbaton.engine.tiny import make_tiny
+from kvbaton.engine.tiny import TinySpec, make_tiny
 from kvbaton.router.engine_info import Role
 
+# Large enough that a step takes longer than its tokens take to their clients: a stream then gets one token a step, as
+# it does from a real model. From a smaller one, tokens of several steps travel together and cost less.
+SPEC = TinySpec(layers=8, hidden=512, heads=8, kv_heads=4, head_dim=64, check=False)
 READY_TIMEOUT_S = 120.0
 IDLE_S = 5.0
 TTFT_REQUESTS = 60
@@ -67,6 +71,7 @@ class StreamCost:
     streams: int
     tokens: int
     tokens_per_s: float
+    together_share: float  # tokens that reached the client in one read with the one before: those cost less
     cpu_ms_per_token: float  # ingress + HAProxy + engines, less the model
     ingress_ms: float
     haproxy_ms: float
@@ -108,14 +113,14 @@ class Cluster:
             time.sleep(0.3)
         raise RuntimeError(f"the cluster was not ready after {READY_TIMEOUT_S:g} s")
 
-    def bench(self, arguments: str) -> dict[str, Any]:
-        """`kvbaton bench serve` in a process of its own; its report."""
+    def bench(self, arguments: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """`kvbaton bench serve` in a process of its own: its report and its rows, one a request."""
         with tempfile.NamedTemporaryFile(suffix=".json") as result:
-            command = [sys.executable, "-m", "kvbaton.cluster.cli", "bench", "serve", "--no-progress"]
+            command = [sys.executable, "-m", "kvbaton.cluster.cli", "bench", "serve", "--no-progress", "--token-times"]
             command += ["--url", f"http://127.0.0.1:{self._port}", "--json", result.name, *arguments.split()]
             subprocess.run(command, check=True, stdout=sys.stderr)
-            report: dict[str, Any] = json.loads(Path(result.name).read_text())["report"]
-        return report
+            document = json.loads(Path(result.name).read_text())
+        return document["report"], document["requests"]
 
     def engine_stats(self) -> list[Any]:
         import ray
@@ -150,6 +155,11 @@ def _part(command: str) -> str:
     return "haproxy" if "haproxy" in command.partition(" ")[0] else "others"
 
 
+def together_share(rows: list[dict[str, Any]]) -> float:
+    gaps = [b - a for row in rows for a, b in itertools.pairwise(row["token_times_s"])]
+    return sum(gap == 0 for gap in gaps) / len(gaps)
+
+
 def measure_streams(cluster: Cluster, streams: int, tokens: int) -> StreamCost:
     load = f"--concurrency {streams} --input-tokens 128 --output-tokens {tokens}"
     cluster.bench(f"{load} --num-requests {streams} --seed 1")  # code paths, allocator and caches are warm after it
@@ -157,7 +167,7 @@ def measure_streams(cluster: Cluster, streams: int, tokens: int) -> StreamCost:
     time.sleep(IDLE_S)
     idle = cluster.cpu().since(before)
     before, started = cluster.cpu(), time.monotonic()
-    report = cluster.bench(f"{load} --num-requests {3 * streams} --seed 2")
+    report, rows = cluster.bench(f"{load} --num-requests {3 * streams} --seed 2")
     used, elapsed_s = cluster.cpu().since(before), time.monotonic() - started
     summary = report["summary"]
     count = summary["tokens"]["output"]
@@ -167,6 +177,7 @@ def measure_streams(cluster: Cluster, streams: int, tokens: int) -> StreamCost:
         streams=streams,
         tokens=count,
         tokens_per_s=summary["throughput"]["output_tokens_per_s"],
+        together_share=together_share(rows),
         cpu_ms_per_token=1000 * used.serving / count,
         ingress_ms=1000 * used.ingress / count,
         haproxy_ms=1000 * used.haproxy / count,
@@ -183,7 +194,7 @@ def measure_first_token(cluster: Cluster) -> FirstToken:
     load = f"--concurrency 1 --input-tokens {TTFT_TOKENS} --output-tokens 8"
     cluster.bench(f"{load} --num-requests 20 --seed 3")
     before = _prefill_model_s(cluster)
-    report = cluster.bench(f"{load} --num-requests {TTFT_REQUESTS} --warmup 0 --seed 4")
+    report, _ = cluster.bench(f"{load} --num-requests {TTFT_REQUESTS} --warmup 0 --seed 4")
     engine_ms = 1000 * (_prefill_model_s(cluster) - before) / TTFT_REQUESTS
     ttft = report["summary"]["latency"]["ttft_sent"]
     return FirstToken(
@@ -236,7 +247,7 @@ def configuration(args: argparse.Namespace, model: Path, port: int) -> ClusterCo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="a Hugging Face folder (default: a tiny model made on the spot)")
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder (default: a small model made on the spot)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--kv-memory", type=int, default=256 << 20, metavar="BYTES")
     parser.add_argument("--streams", type=int, default=32)
@@ -249,7 +260,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model or Path(scratch) / "tiny"
         if args.model is None:
-            make_tiny(model)
+            make_tiny(model, SPEC)
         port = free_ports(1)[0]
         thread = threading.Thread(target=measure, args=(Cluster(port), args, result), daemon=True)
         thread.start()
