@@ -103,6 +103,9 @@ class FaultyChannel:
     def lost(self) -> str | None:
         return self._dead or self.inner.lost()
 
+    def probe(self) -> str | None:
+        return self._dead or self.inner.probe()
+
     def describe(self) -> str:
         return self.inner.describe()
 

@@ -158,6 +158,9 @@ class LoopbackChannel:
     def lost(self) -> str | None:
         return self._lost
 
+    def probe(self) -> str | None:
+        return self._lost
+
     def describe(self) -> str:
         return "loopback"
 

@@ -213,7 +213,7 @@ class Session:
         self.blocks_received += count
 
     def alive(self) -> bool:
-        return self.channel.lost() is None
+        return self.channel.probe() is None
 
     def forget(self, handle: Handle) -> None:
         self.senders.pop(handle, None)

@@ -63,7 +63,11 @@ class Channel(Protocol):
         ...
 
     def lost(self) -> str | None:
-        """Why the peer cannot be reached any more; None while it can."""
+        """Why the peer cannot be reached any more; None while it can, as far as is known."""
+        ...
+
+    def probe(self) -> str | None:
+        """As `lost`, but asks the connection itself, now."""
         ...
 
     def describe(self) -> str:

@@ -23,6 +23,7 @@ from kvbaton.kvtransfer.ucx_channel import UcxChannel
 from kvbaton.kvtransfer.ucx_library import load_ucxx, ucx_config
 
 _BACKLOG = 128
+_SOCKET_INTERVAL = 16  # calls of progress between two looks at the sockets
 _MAX_FRAME_BYTES = 2 << 20
 
 
@@ -49,6 +50,7 @@ class UcxTransport:
         self.host = host
         self.port: int = self._listener.getsockname()[1]
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._calls = -1
         self._closed = False
 
     def open(self) -> None:
@@ -71,13 +73,12 @@ class UcxTransport:
         return self._accepted.popleft() if self._accepted else None
 
     def progress(self) -> Iterable[Channel]:
-        self._channels = [c for c in self._channels if not c.closed]
         for channel in self._channels:
-            if channel.established:
+            if channel.established and not channel.closed:
                 channel.progress()
-            else:
-                channel.hello.flush()
-        self._take_connections()
+        self._calls += 1
+        if self._calls % _SOCKET_INTERVAL == 0:
+            self._progress_sockets()
         return tuple(self._channels)
 
     def wait(self, timeout_s: float) -> None:
@@ -96,6 +97,7 @@ class UcxTransport:
                     channel.hello.fileno(), select.POLLIN | (select.POLLOUT if channel.hello.wants_write else 0)
                 )
         poller.poll(timeout_s * 1000)
+        self._calls = -1  # a socket may have ended the wait: look at them at once
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake_fd)
 
@@ -113,6 +115,16 @@ class UcxTransport:
         self._context = None
         self._listener.close()
         os.close(self._wake_fd)
+
+    def _progress_sockets(self) -> None:
+        """Handshakes, hang-ups, new connections: rare, so not worth system calls in every round of a transfer."""
+        self._channels = [c for c in self._channels if not c.closed]
+        for channel in self._channels:
+            if channel.established:
+                channel.probe()
+            else:
+                channel.hello.flush()
+        self._take_connections()
 
     def _take_connections(self) -> None:
         while True:

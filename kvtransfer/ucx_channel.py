@@ -72,7 +72,7 @@ class UcxChannel:
         if self._endpoint is None:
             self.hello.send(data)
             return
-        if self.lost() is None:
+        if self._endpoint.alive:
             array = array_of(data)
             self._control_out.append((self._endpoint.tag_send(array, self._control_tag), array))
 
@@ -114,11 +114,14 @@ class UcxChannel:
         if self._lost is None:
             if self._endpoint is None:
                 self._lost = self.hello.lost
-            elif (hung_up := self.hello.hung_up()) is not None:
-                self._lost = hung_up
             elif not self._endpoint.alive:
                 self._lost = "UCX endpoint failed"
         return self._lost
+
+    def probe(self) -> str | None:
+        if self._lost is None and self._endpoint is not None:
+            self._lost = self.hello.hung_up()
+        return self.lost()
 
     def describe(self) -> str:
         return self._transports
