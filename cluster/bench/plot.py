@@ -27,7 +27,7 @@ def load_pyplot() -> Any:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise PlotUnavailable("--png needs matplotlib: pip install 'kvbaton[bench]'") from error
+        raise PlotUnavailable("--png needs matplotlib: pip install matplotlib") from error
     return pyplot
 
 
