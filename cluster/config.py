@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from kvbaton.engine.config import BatchConfig, CacheConfig, ConfigError, EngineConfig
+from kvbaton.engine.config import KV_DTYPES, BatchConfig, CacheConfig, ConfigError, EngineConfig
 
 GIB = 1 << 30
 GPU_BLOCK_SIZE = 64
@@ -84,6 +84,7 @@ class EngineSettings:
     kv_memory: Annotated[int, ByteSize(1 << 16)] | None = None
     gpu_memory_fraction: Fraction = 0.9
     prefix_cache: bool = True
+    kv_dtype: Annotated[str, OneOf(KV_DTYPES)] = "auto"
     max_tokens_per_step: Annotated[int, Range(1, 1 << 20)] = 2048
     prefill_chunk_tokens: Annotated[int, Range(1, 1 << 20)] = 512
     max_running: Annotated[int, Range(1, 65536)] = 256
@@ -192,6 +193,7 @@ class ClusterConfig:
                 kv_memory_bytes=engine.kv_memory,
                 gpu_memory_fraction=engine.gpu_memory_fraction * engine.gpus,
                 prefix_cache=engine.prefix_cache,
+                kv_dtype=engine.kv_dtype,
             ),
             batch=BatchConfig(
                 max_tokens_per_step=engine.max_tokens_per_step,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+KV_DTYPES = ("auto", "fp8_e4m3")
+
 
 class ConfigError(ValueError):
     """A setting that cannot work; the message says which one and what to do."""
@@ -12,12 +14,14 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """`kv_memory_bytes` None = measured: free GPU memory times `gpu_memory_fraction` after the weights, or 1 GiB on CPU."""
+    """`kv_memory_bytes` None = measured: free GPU memory times `gpu_memory_fraction` after the weights, 1 GiB on CPU.
+    `kv_dtype` auto is the model's own dtype; fp8_e4m3 halves a 16-bit model's KV memory and the reads of attention."""
 
     block_size: int = 16
     kv_memory_bytes: int | None = None
     gpu_memory_fraction: float = 0.9
     prefix_cache: bool = True
+    kv_dtype: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

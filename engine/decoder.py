@@ -66,6 +66,10 @@ class Decoder:
             for layer in self.weights.layers
         )
 
+    def with_kernels(self, kernels: Kernels) -> Decoder:
+        """The same weights on other kernels."""
+        return Decoder(self.config, self.weights, kernels, self.max_positions)
+
     @torch.inference_mode()
     def forward(self, token_ids: torch.Tensor, kv_cache: torch.Tensor, meta: AttentionMeta) -> torch.Tensor:
         """token_ids [num_tokens] -> normed hidden states [num_tokens, hidden].

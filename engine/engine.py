@@ -12,15 +12,16 @@ import os
 import torch
 
 from kvbaton.engine.batch import ScheduledRow, StepResult
-from kvbaton.engine.config import ConfigError, EngineConfig
+from kvbaton.engine.config import KV_DTYPES, CacheConfig, ConfigError, EngineConfig
 from kvbaton.engine.kv_cache import KV_LAYOUT_VERSION, KVCache, KVGeometry
 from kvbaton.engine.kv_manager import KVManager
 from kvbaton.engine.memory import num_blocks_for, usable_model_len
 from kvbaton.engine.model_config import ModelConfig
 from kvbaton.engine.model_loader import LoadedModel, load_model
 from kvbaton.engine.native_decoder import native_decoder
-from kvbaton.engine.runner import Runner
-from kvbaton.kernels.backend import kernels_for
+from kvbaton.engine.runner import ForwardPass, Runner
+from kvbaton.kernels.backend import Kernels, kernels_for
+from kvbaton.kernels.kv_dtype import FP8
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Engine:
         """Raises `ConfigError` where the settings do not fit the model or the device's memory."""
         self.config = config
         self.model_config: ModelConfig = model.config
-        self.geometry = _geometry(model, config.cache.block_size)
+        self.geometry = _geometry(model, config.cache)
         wanted = _max_model_len(config, model.config)
         num_blocks = num_blocks_for(config.cache, self.geometry, device)
         self.max_model_len = usable_model_len(wanted, num_blocks, self.geometry.block_size)
@@ -49,8 +50,8 @@ class Engine:
         self.cache = KVCache(self.geometry, num_blocks, device)
         self._fingerprint = model.fingerprint
         self._device = device
-        self._kernels = kernels_for(device)
-        self._runner = Runner(native_decoder(model.decoder), self.cache.pool)
+        self._kernels = kernels_for(device, self.geometry.dtype)
+        self._runner = Runner(_forward_pass(model, self.geometry, self._kernels), self.cache.pool)
 
     @classmethod
     def load(cls, config: EngineConfig) -> Engine:
@@ -95,13 +96,23 @@ def _check(config: EngineConfig) -> None:
         raise ConfigError(f"block_size must be at least 1, got {cache.block_size}")
     if not 0.0 < cache.gpu_memory_fraction <= 1.0:
         raise ConfigError(f"gpu_memory_fraction must be in (0, 1], got {cache.gpu_memory_fraction}")
+    if cache.kv_dtype not in KV_DTYPES:
+        raise ConfigError(f"kv_dtype {cache.kv_dtype!r} is not supported; supported: {', '.join(KV_DTYPES)}")
     if config.max_model_len is not None and config.max_model_len < 2:
         raise ConfigError(f"max_model_len must be at least 2 (a token in, a token out), got {config.max_model_len}")
 
 
-def _geometry(model: LoadedModel, block_size: int) -> KVGeometry:
+def _geometry(model: LoadedModel, cache: CacheConfig) -> KVGeometry:
     config = model.config
-    return KVGeometry(config.num_layers, config.num_kv_heads, config.head_dim, block_size, model.decoder.dtype)
+    dtype = FP8 if cache.kv_dtype == "fp8_e4m3" else model.decoder.dtype
+    return KVGeometry(config.num_layers, config.num_kv_heads, config.head_dim, cache.block_size, dtype)
+
+
+def _forward_pass(model: LoadedModel, geometry: KVGeometry, kernels: Kernels) -> ForwardPass:
+    """The native form on the CPU; kernels that read the pool's dtype where it is not the model's."""
+    if geometry.dtype is model.decoder.dtype:
+        return native_decoder(model.decoder)
+    return model.decoder.with_kernels(kernels)
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

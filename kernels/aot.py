@@ -25,10 +25,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvbaton.kernels import triton_blocks, triton_decode, triton_pointwise, triton_prefill, triton_rope
+from kvbaton.kernels.kv_dtype import FP8
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_LIMIT_BYTES = 227 * 1024
-TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", FP8: "fp8e4nv"}
 INDEX_POINTERS = {
     "tables_ptr": "i32",
     "lens_ptr": "i32",
@@ -48,7 +49,8 @@ FLOAT_SCALARS = ("eps", "scale_log2")
 
 @dataclass(frozen=True, slots=True)
 class KernelSpec:
-    """One kernel at one shape: its constants, the dtype of its data pointers, and how it is launched."""
+    """One kernel at one shape: its constants, the dtype of its data pointers, and how it is launched. `kv_dtype` is
+    that of the pool where it is another one."""
 
     label: str
     kernel: Any
@@ -56,6 +58,7 @@ class KernelSpec:
     constants: tuple[tuple[str, int | bool], ...]
     num_warps: int
     num_stages: int = 3
+    kv_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,7 @@ class ModelShape:
     dtype: torch.dtype
     block_size: int = 64
     window: bool = False
+    kv_dtype: torch.dtype | None = None
 
 
 MODELS = (
@@ -89,6 +93,7 @@ MODELS = (
     ModelShape("qwen2-0.5b", 14, 2, 64, 896, torch.float16, block_size=16),
     ModelShape("mha-d80", 16, 16, 80, 1280, torch.bfloat16, block_size=32),
     ModelShape("head-256", 16, 8, 256, 3584, torch.bfloat16),
+    ModelShape("llama-8b-fp8-kv", 32, 8, 128, 4096, torch.bfloat16, kv_dtype=FP8),
     ModelShape("fp32-d128", 32, 8, 128, 4096, torch.float32),
 )
 
@@ -103,14 +108,26 @@ def attention_specs(model: ModelShape) -> Iterator[KernelSpec]:
     tile = (("BLOCK_M", decode.block_m), ("BLOCK_N", decode.block_n))
     whole = (*shared, *pool, *split, *tile, ("SINGLE", False))
     yield KernelSpec(
-        "decode", triton_decode.decode_split_kernel, model.dtype, whole, decode.num_warps, decode.num_stages
+        "decode",
+        triton_decode.decode_split_kernel,
+        model.dtype,
+        whole,
+        decode.num_warps,
+        decode.num_stages,
+        model.kv_dtype,
     )
     reduce = (*shared, *split, ("BLOCK_N", decode.block_n), ("SPLITS", triton_decode.REDUCE_SPLITS))
     yield KernelSpec("decode reduce", triton_decode.decode_reduce_kernel, model.dtype, reduce, 4)
     prefill = triton_prefill.PrefillTile.of(group, model.head_dim, model.dtype)
     constants = (*shared, *pool, ("BLOCK_M", prefill.block_m), ("BLOCK_N", prefill.block_n))
     yield KernelSpec(
-        "prefill", triton_prefill.prefill_kernel, model.dtype, constants, prefill.num_warps, prefill.num_stages
+        "prefill",
+        triton_prefill.prefill_kernel,
+        model.dtype,
+        constants,
+        prefill.num_warps,
+        prefill.num_stages,
+        model.kv_dtype,
     )
 
 
@@ -133,7 +150,7 @@ def layer_specs(model: ModelShape) -> Iterator[KernelSpec]:
         ("TAIL_PAD", 0),
         ("DIM_PAD", triton.next_power_of_2(model.head_dim)),
     )
-    yield KernelSpec("rope + kv write", triton_rope.rope_write_kernel, model.dtype, rope, 4)
+    yield KernelSpec("rope + kv write", triton_rope.rope_write_kernel, model.dtype, rope, 4, kv_dtype=model.kv_dtype)
     for label, src, dst in (("gather", True, False), ("scatter", False, True), ("copy", True, True)):
         copy = (("SRC_IDS", src), ("DST_IDS", dst), ("CHUNK", triton_blocks.CHUNK))
         yield KernelSpec(f"{label} blocks", triton_blocks.copy_blocks_kernel, model.dtype, copy, 8)
@@ -159,7 +176,8 @@ def _argument_type(name: str, spec: KernelSpec) -> str:
     if name in dict(spec.constants):
         return "constexpr"
     if name.endswith("_ptr"):
-        return "*" + INDEX_POINTERS.get(name, TYPE_NAMES[spec.dtype])
+        own = spec.kv_dtype if name == "layer_ptr" and spec.kv_dtype else spec.dtype
+        return "*" + INDEX_POINTERS.get(name, TYPE_NAMES[own])
     return "fp32" if name in FLOAT_SCALARS else "i32"
 
 
@@ -194,7 +212,7 @@ def compile_models(models: Sequence[ModelShape]) -> Iterator[CompiledKernel]:
     """Attention at every model's shape, the rest at the first one's and at the float32 one's."""
     for i, model in enumerate(models):
         specs = list(attention_specs(model))
-        if i == 0 or model.dtype == torch.float32:
+        if i == 0 or model.dtype == torch.float32 or model.kv_dtype:
             specs += layer_specs(model)
         for spec in specs:
             made = compile_spec(spec)

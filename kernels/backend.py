@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from kvbaton.kernels.kv_dtype import FP8
 from kvbaton.kernels.meta import AttentionMeta
 
 
@@ -72,12 +73,19 @@ class Kernels(Protocol):
         ...
 
 
-def kernels_for(device: torch.device) -> Kernels:
-    """Triton on CUDA, the measured CPU path elsewhere. Triton is imported only where it will run."""
+def kernels_for(device: torch.device, kv_dtype: torch.dtype | None = None) -> Kernels:
+    """Triton on CUDA, the measured CPU path elsewhere. Triton is imported only where it will run.
+
+    `kv_dtype` is the pool's where it is not the model's; 8-bit floats on the CPU are for tests, by the reference.
+    """
     if device.type == "cuda":
         from kvbaton.kernels.triton_backend import TritonKernels
 
         return TritonKernels()
+    if device.type == "cpu" and kv_dtype is FP8:
+        from kvbaton.kernels import reference
+
+        return reference
     if device.type == "cpu":
         from kvbaton.kernels.cpu import CpuKernels
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from kvbaton.kernels.kv_dtype import storage, to_kv
 from kvbaton.kernels.meta import AttentionMeta
 
 
@@ -49,8 +50,9 @@ def write_kv(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, layer: in
     """Write k and v [num_tokens, num_kv_heads, head_dim] to their slots of one layer."""
     block_size = kv_cache.shape[4]
     block, offset = slot_mapping // block_size, slot_mapping % block_size
-    kv_cache[block, layer, 0, :, offset] = k
-    kv_cache[block, layer, 1, :, offset] = v
+    pool = storage(kv_cache)
+    pool[block, layer, 0, :, offset] = storage(to_kv(k, kv_cache.dtype))
+    pool[block, layer, 1, :, offset] = storage(to_kv(v, kv_cache.dtype))
 
 
 def rope_and_write_kv(
@@ -73,7 +75,8 @@ def context_kv(
     kv_cache: torch.Tensor, layer: int, block_table: torch.Tensor, context_len: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of one sequence, in token order: each [num_kv_heads, context_len, head_dim]."""
-    blocks = kv_cache[block_table.long(), layer]  # [max_blocks, 2, num_kv_heads, block_size, head_dim]
+    # [max_blocks, 2, num_kv_heads, block_size, head_dim]
+    blocks = storage(kv_cache)[block_table.long(), layer].view(kv_cache.dtype)
     flat = blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :context_len]
     return flat[0], flat[1]
 
@@ -151,14 +154,15 @@ def paged_attention(
 
 def gather_blocks(kv_cache: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
     """[n] -> [n, num_layers, 2, num_kv_heads, block_size, head_dim], a copy."""
-    return kv_cache.index_select(0, block_ids)
+    return storage(kv_cache).index_select(0, block_ids).view(kv_cache.dtype)
 
 
 def scatter_blocks(staging: torch.Tensor, kv_cache: torch.Tensor, block_ids: torch.Tensor) -> None:
     """staging [n, ...] to the distinct blocks `block_ids [n]`."""
-    kv_cache.index_copy_(0, block_ids.long(), staging)
+    storage(kv_cache).index_copy_(0, block_ids.long(), storage(staging))
 
 
 def copy_blocks(kv_cache: torch.Tensor, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:
     """Block src_ids[i] to dst_ids[i]; no destination occurs twice or among the sources."""
-    kv_cache.index_copy_(0, dst_ids.long(), kv_cache.index_select(0, src_ids))
+    pool = storage(kv_cache)
+    pool.index_copy_(0, dst_ids.long(), pool.index_select(0, src_ids))

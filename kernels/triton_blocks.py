@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kvbaton.kernels.kv_dtype import storage
+
 CHUNK = 4096
 
 
@@ -55,6 +57,7 @@ def _copy(src: torch.Tensor, dst: torch.Tensor, src_ids: torch.Tensor | None, ds
     ids = src_ids if src_ids is not None else dst_ids
     if ids is None or not len(ids):
         return
+    src, dst = storage(src), storage(dst)
     elements = src.stride(0)
     copy_blocks_kernel[(len(ids), triton.cdiv(elements, CHUNK))](
         src, dst, ids if src_ids is None else src_ids, ids if dst_ids is None else dst_ids, elements,

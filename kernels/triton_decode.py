@@ -112,6 +112,7 @@ def decode_split_kernel(
         k = tl.load(k_ptr + at[None, :] + dim[:, None], mask=key_ok[None, :] & dim_ok[:, None], other=0.0)
         v = tl.load(v_ptr + at[:, None] + dim[None, :], mask=key_ok[:, None] & dim_ok[None, :], other=0.0)
         seen = key_ok & (key >= context_len - window) if HAS_WINDOW else key_ok
+        k, v = k.to(q.dtype), v.to(q.dtype)  # 8-bit floats widen after the load
         scores = tl.dot(q, k, input_precision="ieee") * scale_log2
         scores = tl.where(seen[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))

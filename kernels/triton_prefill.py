@@ -75,6 +75,7 @@ def _attend_tiles(
         else:
             k = tl.load(k_ptr + at[None, :] + dim[:, None], mask=dim_ok[:, None], other=0.0)
             v = tl.load(v_ptr + at[:, None] + dim[None, :], mask=dim_ok[None, :], other=0.0)
+        k, v = k.to(q.dtype), v.to(q.dtype)  # 8-bit floats widen after the load
         scores = tl.dot(q, k, input_precision="ieee") * scale_log2
         if MASKED:
             seen = key[None, :] <= position[:, None]

@@ -16,18 +16,28 @@ HEADS = 8
 
 
 @triton.jit
+def _stored(x, dtype: tl.constexpr):
+    """x in the pool's dtype; 8-bit floats saturate."""
+    if dtype == tl.float8e4nv:
+        x = tl.minimum(tl.maximum(x.to(tl.float32), -448.0), 448.0)
+    return x.to(dtype)
+
+
+@triton.jit
 def _turn(src, dst, cos, sin, heads, HALF, head_dim, HALF_PAD: tl.constexpr, TAIL_PAD: tl.constexpr, mask):
     """Rotate rows at pointers `src` [HEADS, 1] to `dst`, and copy the dims past 2 * HALF."""
     dim = tl.arange(0, HALF_PAD)[None, :]
     inside = mask & (dim < HALF)
     first = tl.load(src + dim, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(src + HALF + dim, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dst + dim, (first * cos - second * sin).to(dst.dtype.element_ty), mask=inside)
-    tl.store(dst + HALF + dim, (second * cos + first * sin).to(dst.dtype.element_ty), mask=inside)
+    own: tl.constexpr = src.dtype.element_ty
+    tl.store(dst + dim, _stored((first * cos - second * sin).to(own), dst.dtype.element_ty), mask=inside)
+    tl.store(dst + HALF + dim, _stored((second * cos + first * sin).to(own), dst.dtype.element_ty), mask=inside)
     if TAIL_PAD > 0:
         tail = 2 * HALF + tl.arange(0, TAIL_PAD)[None, :]
         rest = mask & (tail < head_dim)
-        tl.store(dst + tail, tl.load(src + tail, mask=rest, other=0.0), mask=rest)
+        kept = tl.load(src + tail, mask=rest, other=0.0)
+        tl.store(dst + tail, _stored(kept, dst.dtype.element_ty), mask=rest)
 
 
 @triton.jit
@@ -75,14 +85,15 @@ def rope_write_kernel(
         head = (tile - q_tiles) * HEADS_TILE + lane
         slot = tl.load(slots_ptr + token)
         block = (slot // BLOCK_SIZE) * block_stride + (slot % BLOCK_SIZE) * HEAD_DIM
-        dst = layer_ptr + block + head * BLOCK_SIZE * HEAD_DIM
+        kv_dst = layer_ptr + block + head * BLOCK_SIZE * HEAD_DIM
         mask = head < KV_HEADS
         src = k_ptr + token * k_token_stride + head * k_head_stride
-        _turn(src, dst, cos, sin, KV_HEADS, HALF, HEAD_DIM, HALF_PAD, TAIL_PAD, mask)
+        _turn(src, kv_dst, cos, sin, KV_HEADS, HALF, HEAD_DIM, HALF_PAD, TAIL_PAD, mask)
         dim = tl.arange(0, DIM_PAD)[None, :]
         inside = mask & (dim < HEAD_DIM)
         value = tl.load(v_ptr + token * v_token_stride + head * v_head_stride + dim, mask=inside, other=0.0)
-        tl.store(dst + KV_HEADS * BLOCK_SIZE * HEAD_DIM + dim, value, mask=inside)
+        v_dst = kv_dst + KV_HEADS * BLOCK_SIZE * HEAD_DIM + dim
+        tl.store(v_dst, _stored(value, v_dst.dtype.element_ty), mask=inside)
 
 
 def rope_and_write_kv(

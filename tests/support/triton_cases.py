@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from kvbaton.kernels import reference
+from kvbaton.kernels.kv_dtype import FP8, storage, to_kv
 from support.kernel_cases import Case, Shape, make_case
 
 MIXED = ((1, 1, 1, 5, 40), (1, 33, 290, 40, 75))
@@ -125,12 +126,37 @@ def blocks(dtype: torch.dtype, device: torch.device) -> None:
         ours.copy_blocks(pool, one, two)
         reference.copy_blocks(want, one, two)
         staging = ours.gather_blocks(pool, one)
-        assert torch.equal(staging, want[one.long()])
+        assert torch.equal(storage(staging), storage(want)[one.long()])
         ours.scatter_blocks(staging, pool, two.flip(0))
         reference.scatter_blocks(staging, want, two.flip(0))
-        assert torch.equal(pool, want)
+        assert torch.equal(storage(pool), storage(want))
         ours.copy_blocks(pool, one[:0], two[:0])
-        assert torch.equal(pool, want)
+        assert torch.equal(storage(pool), storage(want))
+
+
+def fp8_pool(shape: Shape, exact: bool, device: torch.device) -> None:
+    """Writes to a pool of 8-bit floats, saturating, and attention over it.
+
+    `exact` avoids rounding (no rotation, K and V that e4m3 can hold): the interpreter drops the carry of a mantissa
+    that rounds up to the next power of two.
+    """
+    from kvbaton.kernels.triton_backend import TritonKernels
+
+    outputs = []
+    for kernels in (TritonKernels(), reference):
+        case = make_case(shape, seed=3, device=device)
+        pool, k, v = to_kv(case.kv_cache, FP8), case.k, case.v
+        cos, sin = case.cos, case.sin
+        if exact:
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+            k, v = (to_kv(x, FP8).to(shape.dtype) for x in (k, v))
+        k[0, 0, 0], v[1, 0, 1] = 1e4, -1e4
+        q = kernels.rope_and_write_kv(case.q, k, v, cos, sin, pool, shape.layer, case.meta)
+        outputs.append((pool, kernels.paged_attention(q, pool, shape.layer, case.meta, case.scale, shape.window)))
+    (pool, out), (want_pool, want_out) = outputs
+    assert torch.equal(storage(pool), storage(want_pool)), "the pools differ"
+    assert float(pool.float().nan_to_num(0.0).abs().max()) == 448.0
+    close(out, want_out)
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -178,7 +204,10 @@ CHECKS = (
         for width in (16, 96, 1100)
         for dtype in (torch.float32, torch.float16, torch.bfloat16)
     ),
-    *(Check(f"blocks-{dtype}", partial(blocks, dtype)) for dtype in (torch.float32, torch.bfloat16)),
+    *(Check(f"blocks-{dtype}", partial(blocks, dtype)) for dtype in (torch.float32, torch.bfloat16, FP8)),
+    Check("fp8-pool", partial(fp8_pool, _BASE, True)),
+    Check("fp8-pool-float16", partial(fp8_pool, replace(_BASE, dtype=torch.float16, window=24, head_dim=24), True)),
+    Check("fp8-pool-bfloat16", partial(fp8_pool, replace(_BASE, dtype=torch.bfloat16, head_dim=64), False), False),
 )
 
 
