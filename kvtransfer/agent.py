@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from kvbaton.kvtransfer.block_memory import BlockMemory
-from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, Hello
+from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, Hello, check_compatible
 from kvbaton.kvtransfer.landing import LandingBlocks
 from kvbaton.kvtransfer.link import key_of
 from kvbaton.kvtransfer.messages import Event, Failed, HandoffKey, Landing, Offer, PeerAddress, Released
@@ -251,19 +251,22 @@ class TransferAgent:
         self._replace_older(peer)
         channel = self._transport.connect(peer.host, peer.port)
         session = self._make_session(channel, partial(self._admit_expected, peer), initiator=True)
+        try:
+            session.start()
+        except TransportError:
+            channel.close()
+            raise
         self._roster.add_outbound(session, peer)
-        session.start()
         return session
 
     def _accept(self, channel: Channel) -> None:
-        try:
-            self._roster.add_inbound(self._make_session(channel, self._admit, initiator=False))
-        except TransportError as error:
-            log.warning("connection refused: %s", error)
+        if self._roster.num_strangers() >= self._settings.max_strangers:
+            log.warning("connection refused: %d peers have not said who they are", self._settings.max_strangers)
             channel.close()
+            return
+        self._roster.add_inbound(self._make_session(channel, self._admit, initiator=False))
 
     def _make_session(self, channel: Channel, admit: Callable[[Hello], None], initiator: bool) -> Session:
-        hello = Hello(self._address, self._compatibility, channel.local_blob())
         owner = SessionOwner(
             generation=self._address.generation,
             block_bytes=self._memory.block_bytes,
@@ -273,12 +276,18 @@ class TransferAgent:
             offered=self._offered,
             forgotten=self._forgotten,
         )
-        return Session(channel, Handshake(self._secret, hello, initiator, admit), owner, self._now)
+        handshake = Handshake(self._secret, initiator, partial(self._hello, channel), admit)
+        return Session(channel, handshake, owner, self._now)
+
+    def _hello(self, channel: Channel) -> Hello:
+        return Hello(self._address, self._compatibility, channel.local_blob())
 
     def _admit(self, hello: Hello) -> None:
+        check_compatible(self._compatibility, hello.compatibility)
         self._roster.check_current(hello.address)
 
     def _admit_expected(self, expected: PeerAddress, hello: Hello) -> None:
+        check_compatible(self._compatibility, hello.compatibility)
         met = hello.address
         if (met.engine_id, met.generation) != (expected.engine_id, expected.generation):
             raise HandshakeRefused(

@@ -6,6 +6,7 @@ Commands and answers are JSON lines: open (memory and agent), run (prefill side:
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -135,6 +136,8 @@ class PrefillSide:
 
 def main() -> int:
     side: DecodeSide | PrefillSide | None = None
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # UCX writes its log to stdout
     for line in sys.stdin:
         command = json.loads(line)
         answer: dict[str, object] = {}
@@ -150,8 +153,8 @@ def main() -> int:
         elif command["do"] == "close" and side is not None:
             side.agent.close()
             side = None
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
     return 0
 
 

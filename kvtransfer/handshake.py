@@ -61,19 +61,25 @@ class Step:
 
 
 class Handshake:
-    """One side of one exchange. `admit` may veto an authenticated peer by raising HandshakeRefused."""
+    """One side of one exchange. `admit` may veto a peer by raising HandshakeRefused.
 
-    def __init__(self, secret: bytes, own: Hello, initiator: bool, admit: Callable[[Hello], None]) -> None:
+    `own` is called when the own HELLO is due: an acceptor spends nothing on a peer that has not shown the secret.
+    """
+
+    def __init__(
+        self, secret: bytes, initiator: bool, own: Callable[[], Hello], admit: Callable[[Hello], None]
+    ) -> None:
         self._secret = secret
-        self._own = replace(own, nonce=secrets.token_bytes(_NONCE_BYTES))
+        self._make_own = own
         self._admit = admit
         self._initiator = initiator
-        self._body = _pack_hello(self._own)
+        self._body = b""
         self._transcript = b""
         self._peer: Hello | None = None
 
     def start(self) -> Step:
         """The initiator's first frame."""
+        self._say_who_we_are()
         return Step(send=self._frame(_Kind.HELLO, self._body, _digest(self._body)))
 
     def receive(self, data: bytes | bytearray) -> Step:
@@ -92,7 +98,9 @@ class Handshake:
 
     def _on_hello(self, body: bytes, mac: bytes) -> Step:
         self._verify(_Kind.HELLO, _digest(body), mac)
-        peer = self._check(body)
+        peer = _unpack_hello(body)
+        self._admit(peer)
+        self._say_who_we_are()
         self._transcript = _digest(body) + _digest(self._body)
         self._peer = peer
         return Step(send=self._frame(_Kind.HELLO_REPLY, self._body, self._transcript))
@@ -100,15 +108,13 @@ class Handshake:
     def _on_reply(self, body: bytes, mac: bytes) -> Step:
         transcript = _digest(self._body) + _digest(body)
         self._verify(_Kind.HELLO_REPLY, transcript, mac)
-        peer = self._check(body)
+        peer = _unpack_hello(body)
+        self._admit(peer)
         self._transcript = transcript
         return Step(send=self._frame(_Kind.PROOF, b"", transcript), peer=peer)
 
-    def _check(self, body: bytes) -> Hello:
-        peer = _unpack_hello(body)
-        check_compatible(self._own.compatibility, peer.compatibility)
-        self._admit(peer)
-        return peer
+    def _say_who_we_are(self) -> None:
+        self._body = _pack_hello(replace(self._make_own(), nonce=secrets.token_bytes(_NONCE_BYTES)))
 
     def _verify(self, kind: _Kind, covered: bytes, mac: bytes) -> None:
         if not hmac.compare_digest(self._mac(kind, covered), mac):

@@ -39,6 +39,10 @@ class Roster:
     def add_inbound(self, session: Session) -> None:
         self._by_channel[session.channel] = session
 
+    def num_strangers(self) -> int:
+        """Inbound sessions in their handshake."""
+        return sum(s.peer is None and s not in self._expected for s in self._by_channel.values())
+
     def check_current(self, peer: PeerAddress) -> None:
         """Raises HandshakeRefused for an incarnation that a newer one has replaced."""
         newest = self._newest.get(peer.engine_id, peer.generation)

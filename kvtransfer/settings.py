@@ -28,6 +28,7 @@ class TransferSettings:
     open hand-offs counts as dead. `drain_s`: how long a cancelled hand-off may wait for the peer to finish its
     operations before the session is closed to make them end. `stall_s`: announced blocks of which none arrives for so
     long fail their hand-off. `bandwidth_floor_bytes_s`: a slower pair is logged as a warning; 0 is off.
+    `max_strangers`: connections that may be in their handshake at a time.
     """
 
     lease_s: float = 10.0
@@ -38,6 +39,7 @@ class TransferSettings:
     max_handoffs_per_session: int = 4096
     max_blocks_per_handoff: int = 1 << 17
     max_payload_bytes: int = 1 << 20
+    max_strangers: int = 64
     bandwidth_floor_bytes_s: float = 0.0
 
     def __post_init__(self) -> None:
@@ -49,6 +51,7 @@ class TransferSettings:
             "send_window",
             "max_handoffs_per_session",
             "max_payload_bytes",
+            "max_strangers",
         ):
             if getattr(self, name) <= 0:
                 raise TransferSettingsError(f"{name} must be positive, not {getattr(self, name)}")

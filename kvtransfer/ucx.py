@@ -12,6 +12,7 @@ import contextlib
 import os
 import select
 import socket
+import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
 
@@ -50,6 +51,7 @@ class UcxTransport:
         self.host = host
         self.port: int = self._listener.getsockname()[1]
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake_lock = threading.Lock()
         self._calls = -1
         self._closed = False
 
@@ -57,7 +59,8 @@ class UcxTransport:
         if self._cuda_device is not None:
             import torch
 
-            torch.cuda.set_device(self._cuda_device)  # CUDA IPC is lost in silence without a context in this thread
+            torch.cuda.set_device(self._cuda_device)
+            torch.cuda.synchronize()  # makes its context current here: without one UCX drops CUDA IPC in silence
         features = (self._lib.Feature.TAG, self._lib.Feature.WAKEUP)
         try:
             config = ucx_config(self._cuda_device is not None, self._config)
@@ -102,19 +105,21 @@ class UcxTransport:
             os.eventfd_read(self._wake_fd)
 
     def wake(self) -> None:
-        if not self._closed:
-            os.eventfd_write(self._wake_fd, 1)
+        with self._wake_lock:
+            if not self._closed:
+                os.eventfd_write(self._wake_fd, 1)
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
+        with self._wake_lock:
+            if self._closed:
+                return
+            self._closed = True
+            os.close(self._wake_fd)
         for channel in self._channels:
             channel.close()
         self._channels.clear()
         self._context = None
         self._listener.close()
-        os.close(self._wake_fd)
 
     def _progress_sockets(self) -> None:
         """Handshakes, hang-ups, new connections: rare, so not worth system calls in every round of a transfer."""

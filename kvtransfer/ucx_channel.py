@@ -46,16 +46,22 @@ class UcxChannel:
         self._transports = ""
         self._control_in: deque[tuple[Any, bytearray]] = deque()
         self._control_out: deque[tuple[Any, Any]] = deque()
+        self._context = context
+        self._worker: Any = None
         self._control_tag = libucxx.UCXXTag(CONTROL_TAG)
         self._any_tag = libucxx.UCXXTag(0)
         self._any_mask = libucxx.UCXXTagMask(0)
-        try:
-            self._worker = libucxx.UCXWorker(context, enable_delayed_submission=False, enable_python_future=False)
-            self._worker.init_blocking_progress_mode()
-        except libucxx.UCXError as error:
-            raise TransportError(f"UCX worker: {error}") from error
 
     def local_blob(self) -> bytes:
+        """Makes the worker: not before the handshake wants it, so a stranger's connection costs a socket."""
+        if self._worker is None:
+            try:
+                self._worker = self._lib.UCXWorker(
+                    self._context, enable_delayed_submission=False, enable_python_future=False
+                )
+                self._worker.init_blocking_progress_mode()
+            except self._lib.UCXError as error:
+                raise TransportError(f"UCX worker: {error}") from error
         return bytes(self._lib.UCXAddress.create_from_worker(self._worker).tobytes())
 
     def establish(self, peer_blob: bytes) -> None:

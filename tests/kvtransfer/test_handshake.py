@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, Hello, refusal
+from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, Hello, check_compatible, refusal
 from kvbaton.kvtransfer.messages import PeerAddress
 from kvbaton.kvtransfer.wire import WireError
 
@@ -22,11 +22,12 @@ def side(
     refuse: str = "",
 ) -> Handshake:
     def admit(hello: Hello) -> None:
+        check_compatible(fields, hello.compatibility)
         if refuse:
             raise HandshakeRefused(refuse)
 
     hello = Hello(PeerAddress(name, 3, "127.0.0.1", 4242), fields, b"blob of " + name.encode())
-    return Handshake(secret, hello, initiator, admit)
+    return Handshake(secret, initiator, lambda: hello, admit)
 
 
 def frame(step_send: bytes | None) -> bytes:
@@ -113,6 +114,21 @@ def test_the_initiator_checks_the_fields_too() -> None:
     other_reply = side(False).receive(frame(other.start().send))
     with pytest.raises(HandshakeRefused, match="generation 2 of d is over"):
         other.receive(frame(other_reply.send))
+
+
+def test_an_acceptor_makes_nothing_for_a_stranger() -> None:
+    made: list[str] = []
+
+    def own() -> Hello:
+        made.append("worker")
+        return Hello(PeerAddress("d", 1, "", 0), FIELDS, b"")
+
+    server = Handshake(b"s", False, own, lambda hello: None)
+    with pytest.raises(HandshakeRefused):
+        server.receive(frame(side(True, secret=b"other").start().send))
+    assert made == []
+    server.receive(frame(side(True).start().send))
+    assert made == ["worker"]
 
 
 def test_another_protocol_version_is_refused_with_both_numbers() -> None:

@@ -106,12 +106,14 @@ class Side:
 
 def main() -> None:
     arguments = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # UCX writes its log to stdout
     side = Side(**arguments)
-    sys.stdout.write(json.dumps(side.agent.address().port) + "\n")
-    sys.stdout.flush()
+    answers.write(json.dumps(side.agent.address().port) + "\n")
+    answers.flush()
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(side.do(json.loads(line))) + "\n")
-        sys.stdout.flush()
+        answers.write(json.dumps(side.do(json.loads(line))) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":
