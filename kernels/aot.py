@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvbaton.kernels import triton_blocks, triton_decode, triton_pointwise, triton_prefill, triton_rope
+from kvbaton.kernels import triton_blocks, triton_decode, triton_draw, triton_pointwise, triton_prefill, triton_rope
 from kvbaton.kernels.kv_dtype import FP8
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -42,6 +42,16 @@ INDEX_POINTERS = {
     "stats_ptr": "fp32",
     "cos_ptr": "fp32",
     "sin_ptr": "fp32",
+    "logits_ptr": "fp32",
+    "top_ptr": "fp32",
+    "seeds_ptr": "i64",
+    "samples_ptr": "i64",
+    "least_ptr": "i64",
+    "token_ptr": "i64",
+    "sum_ptr": "i64",
+    "temperature_ptr": "fp64",
+    "min_p_ptr": "fp64",
+    "best_ptr": "fp64",
 }
 ALIGNED = ("_ptr", "token_stride", "head_stride", "block_stride", "row_stride", "width", "block_elements")
 FLOAT_SCALARS = ("eps", "scale_log2")
@@ -156,6 +166,15 @@ def layer_specs(model: ModelShape) -> Iterator[KernelSpec]:
         yield KernelSpec(f"{label} blocks", triton_blocks.copy_blocks_kernel, model.dtype, copy, 8)
 
 
+def draw_specs() -> Iterator[KernelSpec]:
+    """Drawing tokens; the same for every model."""
+    warps, chunk = triton_draw.NUM_WARPS, ("CHUNK", triton_draw.CHUNK)
+    for label, random, cuts in (("argmax", False, False), ("draw", True, False), ("draw with cuts", True, True)):
+        constants = (("RANDOM", random), ("CUTS", cuts), chunk)
+        yield KernelSpec(label, triton_draw.draw_kernel, torch.float32, constants, warps)
+    yield KernelSpec("total weight", triton_draw.total_weight_kernel, torch.float32, (chunk,), warps)
+
+
 def compile_spec(spec: KernelSpec) -> CompiledKernel:
     """Raises Triton's or ptxas's own error where the kernel does not compile."""
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
@@ -208,22 +227,22 @@ def _version(binary: Path) -> tuple[int, ...]:
     return tuple(map(int, release.groups())) if release else ()
 
 
-def compile_models(models: Sequence[ModelShape]) -> Iterator[CompiledKernel]:
+def all_specs(models: Sequence[ModelShape]) -> Iterator[KernelSpec]:
     """Attention at every model's shape, the rest at the first one's and at the float32 one's."""
     for i, model in enumerate(models):
         specs = list(attention_specs(model))
-        if i == 0 or model.dtype == torch.float32 or model.kv_dtype:
+        if i == 0:
+            specs += draw_specs()
+        if i == 0 or model.dtype == torch.float32:
             specs += layer_specs(model)
         for spec in specs:
-            made = compile_spec(spec)
-            label = f"{model.label} {made.label}"
-            yield CompiledKernel(label, made.registers, made.spill_bytes, made.shared_bytes, made.num_warps)
+            yield replace(spec, label=f"{model.label} {spec.label}")
 
 
 def main() -> None:
     write = sys.stdout.write
     write(f"{'kernel (sm_90)':34} {'warps':>5} {'registers':>9} {'spill B':>8} {'shared B':>9}\n")
-    for k in compile_models(MODELS):
+    for k in map(compile_spec, all_specs(MODELS)):
         write(f"{k.label:34} {k.num_warps:5} {k.registers:9} {k.spill_bytes:8} {k.shared_bytes:9}\n")
 
 

@@ -16,6 +16,10 @@ from kvbaton.kernels.cpu_plan import QUERY_TILE, CpuPlan, DecodeGroup, PoolShape
 from kvbaton.kernels.cpu_step import CpuStep
 from kvbaton.kernels.meta import AttentionMeta
 
+# With this many rows, MKL's float32 product differs in the last bit between torch's main and worker threads, so a
+# result would depend on where its batch put it. With one row more it does not.
+UNSTABLE_GROUPS = (1, 3)
+
 
 class CpuKernels:
     """`Kernels` on the CPU. Keeps what it derived from the last `AttentionMeta`; one instance serves one thread."""
@@ -97,7 +101,13 @@ def _decode(q: torch.Tensor, tiles: torch.Tensor, group: DecodeGroup, shape: Poo
     flat.index_fill_(0, group.holes, 0)
     k, v = flat.view(2, rows, shape.num_kv_heads, -1, dim)
     packed = q.index_select(0, group.rows).view(rows, shape.num_kv_heads, -1, dim)
-    return F.scaled_dot_product_attention(packed, k, v, attn_mask=group.bias, scale=scale).view(rows, heads, dim)
+    size = packed.shape[2]
+    if size in UNSTABLE_GROUPS:
+        packed = torch.cat((packed, packed[:, :, :1]), dim=2)
+    if rows * shape.num_kv_heads == 1:  # a lone product would be split over threads, and summed in another order
+        packed, k, v = (x.expand(2, -1, -1, -1) for x in (packed, k, v))
+    out = F.scaled_dot_product_attention(packed, k, v, attn_mask=group.bias, scale=scale)
+    return out[:rows, :, :size].reshape(rows, heads, dim)
 
 
 def _prefill(

@@ -114,17 +114,26 @@ def test_two_windows_and_two_steps_do_not_share_plans() -> None:
         assert error(near, full) > 1e-2
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decode_rows_do_not_depend_on_their_batch(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("kv_heads", "group"), [(2, 7), (4, 1), (2, 3), (1, 12)])
+def test_decode_rows_do_not_depend_on_their_batch(dtype: torch.dtype, kv_heads: int, group: int, threads: int) -> None:
     """A request's tokens must not depend on who else decodes: each row alone equals itself in company, to the bit."""
     lens = (1, 5, 16, 31, 100, 101, 260, 511, 513, 700, 900, 1030)
-    shape = Shape((1,) * len(lens), lens, heads=14, kv_heads=2, head_dim=64, dtype=dtype)
+    shape = Shape((1,) * len(lens), lens, heads=kv_heads * group, kv_heads=kv_heads, head_dim=64, dtype=dtype)
     case = make_case(shape, seed=3)
     q, together = run_layer(CpuKernels(), case)
     for i, length in enumerate(lens):
         meta = build_attention_meta([1], [length], [case.block_tables[i]], 16, CPU)
         alone = CpuKernels().paged_attention(q[i : i + 1], case.kv_cache, 1, meta, case.scale, None)
-        assert torch.equal(alone[0], together[i]), f"row {i} of {length} tokens"
+        assert torch.equal(alone[0], together[i]), f"row {i} of {length} tokens on {threads} threads"
 
 
 def test_a_chunked_prompt_matches_the_whole_one() -> None:
