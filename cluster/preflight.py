@@ -61,9 +61,10 @@ def check_port(http: HttpSettings) -> None:
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise ConfigError(f"cannot listen on {http.host}:{http.port}: {error.strerror}") from None
-            who = _listening(http.port) or "another process"
+            who, other = _listening(http.port) or "another process", _other(http)
             raise ConfigError(
-                f"port {http.port} on {http.host} is in use by {who}; stop it, or choose another: --port {_other(http)}"
+                f"port {http.port} on {http.host} is in use by {who}; stop it, or choose another: --port {other} "
+                f"(make serve PORT={other})"
             ) from None
 
 

@@ -7,8 +7,10 @@ share a machine. Ray's own processes die with the driver by themselves; HAProxy 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -23,6 +25,7 @@ from kvbaton.cluster.config import HttpSettings, RaySettings
 from kvbaton.engine.config import ConfigError
 
 NAMESPACE = "kvbaton"
+_PORTS = range(20000, 30000)
 _MAX_RUN_DIR = 97 - len("/h/admin.sock") - 57  # HAProxy's limit, less the node's id, which Ray puts in between
 
 
@@ -43,12 +46,20 @@ def make_run_dir() -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct TCP ports that nobody listens on at this moment."""
+    """Distinct TCP ports that nobody listens on at this moment, and that nobody is given by chance until they are used:
+    below the kernel's ephemeral range, and outside those from which Ray takes its own."""
+    candidates = random.SystemRandom().sample(_PORTS, len(_PORTS))
+    found: list[int] = []
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [int(item.getsockname()[1]) for item in sockets]
+        while len(found) < count:
+            if not candidates:
+                raise ConfigError(f"no {count} free TCP ports from {_PORTS[0]} to {_PORTS[-1]}")
+            item = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                item.bind(("", candidates[-1]))
+                found.append(candidates[-1])
+            candidates.pop()
+    return found
 
 
 def find_haproxy() -> str:

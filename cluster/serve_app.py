@@ -16,6 +16,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from kvbaton.cluster.config import ClusterConfig
 from kvbaton.cluster.ingress import Ingress, IngressSettings
 from kvbaton.cluster.launch_types import Launch, LaunchFailed
+from kvbaton.cluster.preflight import check_port
 
 APP_NAME = "kvbaton"
 INGRESS_CPUS = 1.0
@@ -46,7 +47,7 @@ class ServeApp:
         self._launch = launch
 
     def start(self) -> str:
-        """Deploy and wait until it answers; returns the base URL. Raises `LaunchFailed`."""
+        """Deploy and wait until it answers; returns the base URL. Raises `LaunchFailed` and `ConfigError`."""
         config = self._launch.config
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
@@ -56,6 +57,7 @@ class ServeApp:
             )
             serve.run(_application(self._launch), name=APP_NAME, route_prefix="/")
         except (RuntimeError, RayError) as error:
+            check_port(config.http)  # somebody may have taken it since the first check: that says more
             raise LaunchFailed(f"the endpoint did not start: {_last_line(error)}") from error
         return f"http://{_shown_host(config)}:{config.http.port}"
 

@@ -45,7 +45,7 @@ def test_a_port_in_use_is_refused_with_its_owner_and_a_free_one() -> None:
         message = refused(lambda: check_port(HttpSettings(port=port)))
     assert f"port {port} on 127.0.0.1 is in use by" in message
     assert f"(pid {os.getpid()})" in message
-    other = int(message.rpartition("--port ")[2])
+    other = int(message.rpartition("--port ")[2].split()[0])
     check_port(HttpSettings(port=other))
 
 

@@ -17,7 +17,8 @@ def cluster(tiny_model: Callable[[str], Path]) -> Iterator[Launcher]:
     try:
         yield launcher.wait_ready()
         family = launcher.family()
-        assert launcher.stop() == 0
+        assert launcher.press_ctrl_c() == 0
         assert survivors(family, 5.0) == []
+        assert launcher.lines[-2:] == ["stopping ...", "stopped"]  # and nothing else: no traceback, no warning
     finally:
         launcher.close()

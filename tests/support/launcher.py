@@ -80,6 +80,14 @@ class Launcher:
         """Send a signal, wait for the end; returns the exit status and keeps the last lines."""
         if self.process.poll() is None:
             self.process.send_signal(number)
+        return self._ended()
+
+    def press_ctrl_c(self) -> int:
+        """What a terminal does: SIGINT to every process of the foreground group, Ray's included."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        return self._ended()
+
+    def _ended(self) -> int:
         status = self.process.wait(STOP_TIMEOUT_S)
         with contextlib.suppress(queue.Empty):
             while (line := self._queue.get(timeout=5)) is not None:
