@@ -63,7 +63,7 @@ class UcxTransport:
             torch.cuda.synchronize()  # makes its context current here: without one UCX drops CUDA IPC in silence
         features = (self._lib.Feature.TAG, self._lib.Feature.WAKEUP)
         try:
-            config = ucx_config(self._cuda_device is not None, self._config)
+            config = ucx_config(self.host, self._cuda_device is not None, self._config)
             self._context = self._lib.UCXContext(config, feature_flags=features)
         except self._lib.UCXError as error:
             raise TransportError(f"UCX cannot start: {error}") from error

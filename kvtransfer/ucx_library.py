@@ -1,6 +1,6 @@
 """ucxx and the UCX below it, loaded when a UcxTransport is made and not before.
 
-Three settings of UCX differ from its defaults, each left alone where the environment sets it:
+These settings of UCX differ from its defaults, each left alone where the environment sets it:
 
 * POSIX/SYSV_ERROR_HANDLING=y: UCX drops shared memory in silence from an endpoint that must survive its peer's death,
   and falls back to TCP.
@@ -9,11 +9,13 @@ Three settings of UCX differ from its defaults, each left alone where the enviro
   rendezvous, never lets one process address the other's memory. On a GPU rendezvous stays: it is how UCX moves GPU
   memory directly.
 * TCP segments of 256 KiB for the same path.
+* NET_DEVICES=lo for an engine that listens on a loopback address: UCX's own TCP sockets else listen on every interface.
 """
 
 from __future__ import annotations
 
 import ctypes
+import ipaddress
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -43,10 +45,21 @@ def load_ucxx() -> Any:
     return libucxx
 
 
-def ucx_config(on_gpu: bool, overrides: Mapping[str, str]) -> dict[str, str]:
+def ucx_config(host: str, on_gpu: bool, overrides: Mapping[str, str]) -> dict[str, str]:
     """Settings for UCXContext, without the UCX_ prefix. The environment wins over ours, `overrides` over both."""
     ours = dict(_ALWAYS) if on_gpu else {**_ALWAYS, **_HOST_MEMORY}
+    if is_loopback(host):
+        ours["NET_DEVICES"] = "lo"
     return {name: v for name, v in ours.items() if f"UCX_{name}" not in os.environ} | dict(overrides)
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name that may be anywhere
+        return False
 
 
 def array_of(buffer: Any) -> Any:

@@ -108,7 +108,7 @@ def until_nothing_held(peer: Peer, limit_s: float = 20.0) -> None:
         assert time.monotonic() < end, held
 
 
-@pytest.mark.parametrize(("tls", "expected"), [("all", "memory"), ("tcp", "tcp")])
+@pytest.mark.parametrize(("tls", "expected"), [("all", "memory"), ("tcp", "tcp/lo")])
 def test_blocks_land_where_they_were_granted_and_nowhere_else(start: StartPeer, tls: str, expected: str) -> None:
     prefill, decode = start("p", 1, tls), start("d", 2, tls)
     source = list(np.random.default_rng(5).permutation(NUM_BLOCKS))[:20]
@@ -129,6 +129,7 @@ def test_blocks_land_where_they_were_granted_and_nowhere_else(start: StartPeer, 
     stats = decode.do("stats")
     assert stats["bytes"] == 17 * BLOCK_BYTES
     assert expected in stats["peers"][0]
+    assert "eth" not in stats["peers"][0]  # a loopback engine opens no socket to the outside
     for peer in (prefill, decode):
         until_nothing_held(peer)
 
