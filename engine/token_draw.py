@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 
 from kvbaton.engine.request import SamplingParams
+from kvbaton.kernels.draw import WEIGHT_BITS, gumbel
 
-WEIGHT_BITS = 44  # up to 2**18 tokens: sums stay below 2**62
 FIRST_GUESS = 256  # tokens in a nucleus; GROWTH times as many are looked at where they do not suffice
 GROWTH = 16
 CPU_SLICE = 1 << 18  # rows * vocab handled at a time: float64 temporaries that stay in a core's cache
@@ -57,14 +57,7 @@ def gumbel_noise(keys: npt.NDArray[np.uint64], vocab: int, device: torch.device)
     A key starts a SplitMix64 sequence (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014)
     whose numbers belong to the token ids in order.
     """
-    tokens = torch.arange(1, vocab + 1, device=device)
-    start = torch.from_numpy(keys.view(np.int64)).to(device).unsqueeze(1)
-    z = start + tokens * _signed(0x9E3779B97F4A7C15)
-    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
-    z = z ^ _shifted(z, 31)
-    uniform = (_shifted(z, 12).double() + 0.5) * 2.0**-52  # in (0, 1), never either end
-    return uniform.log_().neg_().log_().neg_()
+    return gumbel(torch.from_numpy(keys.view(np.int64)).to(device), vocab)
 
 
 def keep_top_k(weights: torch.Tensor, top_k: Seq[int]) -> torch.Tensor:
@@ -119,13 +112,3 @@ def _cut_rows(scores: torch.Tensor, rows: list[int], params: Seq[SamplingParams]
 def _column(values: Seq[float], device: torch.device) -> torch.Tensor:
     """[rows, 1] float64."""
     return torch.tensor(values, dtype=torch.float64).unsqueeze(1).to(device)
-
-
-def _signed(value: int) -> int:
-    """The int64 with the bits of a 64-bit constant whose top bit is set; products wrap to the same bits."""
-    return value - (1 << 64)
-
-
-def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical right shift of int64 bits; torch's own copies the sign."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from kvbaton.kernels import reference
+from kvbaton.kernels.draw import DrawRows, TorchDraw
 from kvbaton.kernels.kv_dtype import FP8, storage, to_kv
 from support.kernel_cases import Case, Shape, make_case
 
@@ -159,6 +160,33 @@ def fp8_pool(shape: Shape, exact: bool, device: torch.device) -> None:
     close(out, want_out)
 
 
+def draws(vocab: int, device: torch.device) -> None:
+    """Greedy, random and cut rows over several chunks: the tokens and sums of the torch form, equal values included."""
+    from kvbaton.kernels import triton_draw
+
+    g = torch.Generator().manual_seed(vocab)
+    logits = (torch.randn(8, vocab + 3, generator=g) * 4).bfloat16().float().to(device)[:, :vocab]
+    logits[0, [vocab // 2, vocab - 1]] = logits.max() + 1  # the lower id of two equal ones
+    top, plain = logits.amax(-1), TorchDraw()
+    whole = torch.randint(-(1 << 62), 1 << 62, (2, 8), generator=g)
+    rows = DrawRows(
+        seeds=whole[0].to(device),
+        samples=torch.arange(8, device=device),
+        positions=(whole[1] >> 20).abs().to(device),
+        temperature=torch.tensor([0, 1, 0.3, 2, 0, 1, 0.7, 1.0], dtype=torch.float64, device=device),
+        min_p=torch.tensor([0, 0, 0, 0, 0, 0.1, 0.01, 0], dtype=torch.float64, device=device),
+        least=torch.tensor([0, 0, 0, 1 << 30, 0, 1, 1 << 44, 1 << 43], device=device),
+    )
+    assert torch.equal(triton_draw.argmax(logits), logits.argmax(-1))
+    for cuts in (False, True):
+        got = triton_draw.draw(logits, top, rows, cuts)
+        assert torch.equal(got, plain.draw(logits, top, rows, cuts)), f"cuts {cuts}"
+        assert got[0] == vocab // 2
+    # a sum over weights whose last bit follows exp's: one a token at most
+    error = (triton_draw.total_weight(logits, top, rows) - plain.total_weight(logits, top, rows)).abs()
+    assert int(error.max()) <= vocab
+
+
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
     """Within the dtype's tolerance, relative to 1 + |want|; NaN is never close."""
     wide = want.double()
@@ -205,6 +233,7 @@ CHECKS = (
         for dtype in (torch.float32, torch.float16, torch.bfloat16)
     ),
     *(Check(f"blocks-{dtype}", partial(blocks, dtype)) for dtype in (torch.float32, torch.bfloat16, FP8)),
+    *(Check(f"draws-{vocab}", partial(draws, vocab)) for vocab in (96, 5000)),
     Check("fp8-pool", partial(fp8_pool, _BASE, True)),
     Check("fp8-pool-float16", partial(fp8_pool, replace(_BASE, dtype=torch.float16, window=24, head_dim=24), True)),
     Check("fp8-pool-bfloat16", partial(fp8_pool, replace(_BASE, dtype=torch.bfloat16, head_dim=64), False), False),
