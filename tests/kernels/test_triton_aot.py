@@ -37,7 +37,8 @@ def test_every_kernel_is_among_them() -> None:
 
 
 def test_a_kernel_that_spills_is_reported_as_such() -> None:
-    """The figures must come from the compiler: float32 tiles four times the size cannot stay in registers."""
+    """The figures must come from the compiler: float32 tiles of twice the size, on half the
+    warps, cannot stay in registers."""
     spec = next(s for s in aot.all_specs(aot.MODELS) if s.label == "fp32-d128 prefill")
-    grown = tuple((name, value * 4 if name == "BLOCK_N" else value) for name, value in spec.constants)
-    assert aot.compile_spec(replace(spec, constants=grown)).spill_bytes > 0
+    grown = tuple((name, value * 2 if name == "BLOCK_N" else value) for name, value in spec.constants)
+    assert aot.compile_spec(replace(spec, constants=grown, num_warps=4)).spill_bytes > 0
