@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.exceptions import ActorDiedError, RayActorError
 
 from kvbaton.cluster.actors import (
     ENGINE_PREFIX,
     MANAGER_NAME,
     ManagerActor,
     ManagerSettings,
+    reason_of,
 )
 from kvbaton.cluster.config import PoolSettings
 from kvbaton.cluster.engine_host import EngineStats
-from kvbaton.cluster.launch_types import StoreAddress
+from kvbaton.cluster.launch_types import LaunchFailed, StoreAddress
 from kvbaton.cluster.manager import PoolView
 from kvbaton.cluster.pool_state import write_desired
 from kvbaton.cluster.redis_store import RedisStore
 
 _STOP_TIMEOUT_S = 30.0
 _STATS_TIMEOUT_S = 10.0
+_RESTART_TIMEOUT_S = 60.0
+_RESTART_PAUSE_S = 0.5
 
 
 class ManagerClient:
@@ -44,17 +48,32 @@ class ManagerClient:
         return client
 
     def views(self) -> Iterator[PoolView]:
-        """The pools now, then after each change; goes on after a restart of the manager."""
+        """The pools now, then after each change; goes on after a restart of the manager. Raises `LaunchFailed`."""
         version = -1
         while True:
             try:
                 view = ray.get(self._actor.changed.remote(version))
-            except (ActorUnavailableError, RayActorError):
+            except RayActorError:
+                self._wait_for_restart()
                 version = -1  # a new incarnation counts from the beginning
-                ray.get(self._actor.start.remote())
                 continue
             version = view.version
             yield view
+
+    def _wait_for_restart(self) -> None:
+        """Ray starts the manager again by itself; until then its methods fail at once."""
+        deadline = time.monotonic() + _RESTART_TIMEOUT_S
+        while True:
+            try:
+                ray.get(self._actor.start.remote())
+            except ActorDiedError as error:
+                raise LaunchFailed(f"the manager is dead: {reason_of(error)}") from error
+            except RayActorError as error:
+                if time.monotonic() > deadline:
+                    raise LaunchFailed(f"the manager does not come back: {reason_of(error)}") from error
+                time.sleep(_RESTART_PAUSE_S)
+            else:
+                return
 
     def stats(self, view: PoolView) -> list[EngineStats]:
         """What each engine says of itself; an engine that does not answer is left out."""

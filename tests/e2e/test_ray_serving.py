@@ -150,6 +150,19 @@ def engine_process(cluster: Launcher, engine_id: str) -> psutil.Process:
     raise AssertionError(f"nobody listens on {port}")
 
 
+def test_a_killed_manager_comes_back_and_knows_its_engines(
+    client: httpx.Client, cluster: Launcher, tiny_model: Callable[[str], Path], oracle_tokens: Oracle
+) -> None:
+    """Guards "never on the request path", and against engines that a new manager forgets or starts twice."""
+    cluster.child("ray::ManagerActor").kill()
+    assert token_ids(client, PROMPTS[2]) == oracle_tokens(tiny_model("llama"), PROMPTS[2], 24)
+    assert wait_until(lambda: cluster.has_child("ray::ManagerActor"), 60)
+    engine_process(cluster, "engine-0").kill()
+    cluster.wait_line("engine-0/2 (prefill) ready", 60)
+    assert not [line for line in cluster.lines if "engine-2" in line]
+    assert token_ids(client, PROMPTS[3]) == oracle_tokens(tiny_model("llama"), PROMPTS[3], 24)
+
+
 def test_what_the_launcher_adds_listens_on_loopback_only(cluster: Launcher) -> None:
     """Guards "loopback by default" for HAProxy, its side doors included, and the state server."""
     doors = {

@@ -76,6 +76,9 @@ class Launcher:
         (found,) = [process for process in self.family() if name in command_of(process)]
         return found
 
+    def has_child(self, name: str) -> bool:
+        return any(name in command_of(process) for process in self.family())
+
     def stop(self, number: int = signal.SIGINT) -> int:
         """Send a signal, wait for the end; returns the exit status and keeps the last lines."""
         if self.process.poll() is None:
