@@ -15,9 +15,11 @@ from kvbaton.cluster.worker_types import Abort, Item, Submitted
 from kvbaton.engine.config import BatchConfig
 from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenOutput
 from kvbaton.kvtransfer.agent import TransferAgent
+from kvbaton.kvtransfer.faults import FaultyTransport
 from kvbaton.kvtransfer.loopback import LoopbackNetwork, LoopbackTransport
 from kvbaton.kvtransfer.messages import PeerAddress
 from kvbaton.kvtransfer.settings import TransferSettings
+from support.net_weather import Weather, assert_only_owners_are_touched
 from support.toy_engine import ToyEngine, expected_tokens
 
 SESSION = 1
@@ -39,8 +41,10 @@ class Node:
     def __init__(self, name: str, generation: int, network: LoopbackNetwork, clock: Clock, num_blocks: int) -> None:
         self.name = name
         self.engine = ToyEngine(num_blocks, BLOCK_SIZE)
-        self.transport = LoopbackTransport(network, self.engine)
+        self.weather = Weather()
+        self.transport = FaultyTransport(LoopbackTransport(network, self.engine), self.weather)
         self.inbox: deque[Item] = deque()
+        self.mail: deque[Item] = deque()  # what the ingress sent and the session still holds back
         identity = PeerAddress(name, generation, "loopback", 0)
         self.agent = TransferAgent(
             memory=self.engine,
@@ -77,6 +81,33 @@ class Node:
         """As SIGKILL: sockets close, nothing else happens here any more."""
         self.alive = False
         self.transport.close()
+
+    def put(self, item: Item) -> None:
+        """A command of the ingress; commands keep their order."""
+        if self.alive:
+            self.mail.append(item)
+            if not self.weather.delays("session"):
+                self.deliver()
+
+    def deliver(self) -> None:
+        while self.mail:
+            self.inbox.append(self.mail.popleft())
+
+    def release(self) -> None:
+        """The weather clears, and what was held back arrives."""
+        self.weather.clear()
+        self.transport.release()
+        self.deliver()
+
+    def cut(self, which: int) -> None:
+        """One of its connections breaks."""
+        channels = [channel for channel in self.transport.channels.values() if channel.lost() is None]
+        if channels:
+            channels[which % len(channels)].inner.lose("cut by the test")  # type: ignore[attr-defined]
+
+    def audit(self) -> None:
+        self.engine.kv.check()
+        assert_only_owners_are_touched(self.name, self.worker, self.transport)
 
     def assert_clean(self) -> None:
         self.engine.kv.check()
@@ -173,8 +204,9 @@ class ToyCluster:
     def settle(self, rounds: int = 4000) -> None:
         """Run everything until nothing is open; the clock moves, so that what only time can end ends too."""
         for turn in range(rounds):
-            for name in list(self.nodes):
-                self.nodes[name].poll()
+            for name, node in list(self.nodes.items()):
+                node.release()
+                node.poll()
                 self.step(name)
             for stream in self.streams.values():
                 if not stream.over and not stream.legs:
@@ -189,12 +221,19 @@ class ToyCluster:
         nodes = [node for node in self.nodes.values() if node.alive]
         return all(stream.over for stream in self.streams.values()) and all(
             not node.inbox
+            and not node.mail
             and not len(node.worker.tracks)
             and not len(node.worker.outgoing)
             and not len(node.worker.landings)
             and not (node.agent.stats().sending or node.agent.stats().receiving)
             for node in nodes
         )
+
+    def audit(self) -> None:
+        """What must hold at every moment."""
+        for node in self.nodes.values():
+            if node.alive:
+                node.audit()
 
     def assert_clean(self) -> None:
         for node in self.nodes.values():
@@ -206,19 +245,15 @@ class ToyCluster:
     def _send(self, stream: Stream, legs: tuple[str, ...]) -> None:
         stream.legs = legs
         if len(legs) == 1:
-            self._put(legs[0], Submitted(SESSION, Submit(stream.request, Leg.LOCAL)))
+            self.nodes[legs[0]].put(Submitted(SESSION, Submit(stream.request, Leg.LOCAL)))
             return
         prefill, decode = legs
-        self._put(decode, Submitted(SESSION, Submit(stream.request, Leg.DECODE, self.nodes[prefill].address)))
-        self._put(prefill, Submitted(SESSION, Submit(stream.request, Leg.PREFILL, self.nodes[decode].address)))
-
-    def _put(self, name: str, item: Item) -> None:
-        if self.nodes[name].alive:
-            self.nodes[name].inbox.append(item)
+        self.nodes[decode].put(Submitted(SESSION, Submit(stream.request, Leg.DECODE, self.nodes[prefill].address)))
+        self.nodes[prefill].put(Submitted(SESSION, Submit(stream.request, Leg.PREFILL, self.nodes[decode].address)))
 
     def _abort_legs(self, stream: Stream) -> None:
         for name in stream.legs:
-            self._put(name, Abort(SESSION, stream.request.request_id))
+            self.nodes[name].put(Abort(SESSION, stream.request.request_id))
 
     def _take(self, name: str, output: TokenOutput) -> None:
         stream = self.streams[output.request_id]
@@ -231,8 +266,16 @@ class ToyCluster:
             return
         stream.early.append(output)
         self._deliver(stream)
-        if not stream.over and all(s in stream.done for s in stream.request.sample_indices):
+        if stream.over:
+            self._end_decode_leg(stream)
+        elif all(s in stream.done for s in stream.request.sample_indices):
+            self._end_decode_leg(stream)
             self.resume(stream)  # the other samples of a request that was resumed
+
+    def _end_decode_leg(self, stream: Stream) -> None:
+        """A decode engine that never got to decode is told, since the word of prefill may be lost on the way."""
+        if len(stream.legs) == 2 and not self._decoded(stream):
+            self.nodes[stream.legs[1]].put(Abort(SESSION, stream.request.request_id))
 
     def _decoded(self, stream: Stream) -> bool:
         """Whether decode has sent a token: what prefill says of the hand-off then no longer matters."""

@@ -1,0 +1,76 @@
+"""What the network between toy engines does to messages, and a check of who may touch which block meanwhile.
+
+Faults strike where a message leaves a node: one-shot ones hit its next control frame or block, and a delay holds back
+what it names until `release`. Blocks can so arrive long after the control frames that end their hand-off.
+"""
+
+from __future__ import annotations
+
+from kvbaton.cluster.worker import Worker
+from kvbaton.kvtransfer.faults import Fault, FaultyChannel, FaultyTransport
+from kvbaton.kvtransfer.loopback import LoopbackChannel
+
+
+class Weather:
+    """A `FaultPlan` that a test sets while the cluster runs."""
+
+    def __init__(self) -> None:
+        self._once: dict[str, Fault] = {}
+        self._delayed: set[str] = set()
+
+    def strike(self, what: str, fault: Fault) -> None:
+        """The next "control" frame or "block" that leaves meets `fault`."""
+        self._once[what] = fault
+
+    def delay(self, what: str) -> None:
+        """From now on "control" frames, "block"s, or what the ingress sends over its "session", are held back."""
+        self._delayed.add(what)
+
+    def delays(self, what: str) -> bool:
+        return what in self._delayed
+
+    def clear(self) -> None:
+        self._once.clear()
+        self._delayed.clear()
+
+    def on_control(self, data: bytes) -> Fault:
+        return self._next("control")
+
+    def on_block(self, tag: int) -> Fault:
+        return self._next("block")
+
+    def _next(self, what: str) -> Fault:
+        return self._once.pop(what, Fault.DELAY if what in self._delayed else Fault.PASS)
+
+
+def assert_only_owners_are_touched(name: str, worker: Worker, transport: FaultyTransport) -> None:
+    """Every block that a transfer may still write belongs to a landing, every one that it may still read to an outgoing
+    hand-off, and either has a holder. Guards blocks given back while the network still has them."""
+    kv = worker._engine.kv
+    landing = {block for item in worker.landings._open.values() for block in item.blocks}
+    outgoing = {block for item in worker.outgoing._open.values() for block in item.seq.block_table}
+    for channel in transport.channels.values():
+        for block in written(channel):
+            assert block in landing, f"{name}: block {block} may be written but no landing has it"
+            assert kv.holders(block) == 1, f"{name}: landing block {block} has {kv.holders(block)} holders"
+        for block in read(channel):
+            assert block in outgoing, f"{name}: block {block} may be read but no hand-off has it"
+            assert kv.holders(block), f"{name}: block {block} may be read but nobody holds it"
+
+
+def written(channel: FaultyChannel) -> list[int]:
+    """Blocks of this end with a posted receive."""
+    return [block for block, _ in _loopback(channel)._receives.values()]
+
+
+def read(channel: FaultyChannel) -> list[int]:
+    """Blocks of this end that are on their way, or held back."""
+    end = _loopback(channel)
+    sent = [] if end._peer is None or end.closed else [block for _, block, _ in end._peer._arriving]
+    held = [block for _, block, _ in channel._held_blocks]
+    return [block for block in [*sent, *held] if block is not None]
+
+
+def _loopback(channel: FaultyChannel) -> LoopbackChannel:
+    assert isinstance(channel.inner, LoopbackChannel)
+    return channel.inner
