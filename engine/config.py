@@ -36,7 +36,8 @@ class BatchConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """One engine: which weights on which device, and how it batches. `threads` None leaves torch's default."""
+    """One engine: which weights on which device, and how it batches. `threads` None leaves torch's default.
+    `cuda_graphs` False runs decode steps operator by operator on CUDA too."""
 
     model: Path
     device: str = "cpu"
@@ -45,3 +46,4 @@ class EngineConfig:
     threads: int | None = None
     cache: CacheConfig = CacheConfig()
     batch: BatchConfig = BatchConfig()
+    cuda_graphs: bool = True

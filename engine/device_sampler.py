@@ -1,3 +1,4 @@
+# mypy: allow-untyped-calls
 """Sampling without a wait in it: the tokens of a step are drawn on the device, and the host asks for them once.
 
     start   parameters of the rows up (one copy), top, cuts, draw, tokens down (one copy), an event behind them

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 
 import torch
 
 from kvbaton.engine.batch import ScheduledRow, StepResult
 from kvbaton.engine.config import KV_DTYPES, CacheConfig, ConfigError, EngineConfig
+from kvbaton.engine.cuda_graphs import CudaCapture, DecodeGraphs, GraphSizes
+from kvbaton.engine.decoder import Decoder
+from kvbaton.engine.device_sampler import DeviceSampler
 from kvbaton.engine.kv_cache import KV_LAYOUT_VERSION, KVCache, KVGeometry
 from kvbaton.engine.kv_manager import KVManager
 from kvbaton.engine.memory import num_blocks_for, usable_model_len
@@ -47,11 +51,24 @@ class Engine:
         num_blocks = num_blocks_for(config.cache, self.geometry, device)
         self.max_model_len = usable_model_len(wanted, num_blocks, self.geometry.block_size)
         self.kv = KVManager(num_blocks, self.geometry.block_size, config.cache.prefix_cache)
-        self.cache = KVCache(self.geometry, num_blocks, device)
+        self.cache = KVCache(self.geometry, num_blocks, device, scratch_blocks=1 if device.type == "cuda" else 0)
         self._fingerprint = model.fingerprint
         self._device = device
         self._kernels = kernels_for(device, self.geometry.dtype)
-        self._runner = Runner(_forward_pass(model, self.geometry, self._kernels), self.cache.pool)
+        self._runner = self._make_runner(_forward_pass(model, self.geometry, self._kernels))
+
+    def _make_runner(self, decoder: ForwardPass) -> Runner:
+        """On CUDA tokens are drawn on the device, and decode steps are graphs where the model allows it."""
+        if self._device.type != "cuda":
+            return Runner(decoder, self.cache.pool)
+        sampler = DeviceSampler(self._device)
+        if not (self.config.cuda_graphs and isinstance(decoder, Decoder) and decoder.capturable):
+            return Runner(decoder, self.cache.pool, sampler=sampler)
+        sizes = GraphSizes.of(self.config.batch.max_running, self.max_model_len, self.geometry.block_size)
+        graphs = DecodeGraphs(decoder, self.cache.pool, self.cache.num_blocks, sizes, CudaCapture())
+        started = time.monotonic()
+        log.info("%d CUDA graphs of decode steps in %.1f s", graphs.capture_all(), time.monotonic() - started)
+        return Runner(decoder, self.cache.pool, graphs, sampler)
 
     @classmethod
     def load(cls, config: EngineConfig) -> Engine:

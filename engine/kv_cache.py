@@ -41,15 +41,20 @@ class KVGeometry:
 
 
 class KVCache:
-    """The pool tensor and its view as numbered byte ranges; satisfies kvtransfer's `BlockMemory`."""
+    """The pool tensor and its view as numbered byte ranges; satisfies kvtransfer's `BlockMemory`.
 
-    def __init__(self, geometry: KVGeometry, num_blocks: int, device: torch.device) -> None:
+    `pool` may have scratch blocks behind the `num_blocks` numbered ones. Nobody can hold or send them: they take what
+    rows that pad a batch write.
+    """
+
+    def __init__(self, geometry: KVGeometry, num_blocks: int, device: torch.device, scratch_blocks: int = 0) -> None:
         self.geometry = geometry
         self.num_blocks = num_blocks
         self.block_bytes = geometry.block_bytes
-        flat = _zeros(num_blocks * self.block_bytes, device)
-        self.pool = flat.view(geometry.dtype).view(num_blocks, *geometry.block_shape)
-        rows = flat.view(num_blocks, self.block_bytes)  # [num_blocks, block_bytes] uint8
+        total = num_blocks + scratch_blocks
+        flat = _zeros(total * self.block_bytes, device)
+        self.pool = flat.view(geometry.dtype).view(total, *geometry.block_shape)
+        rows = flat.view(total, self.block_bytes)  # [num_blocks + scratch_blocks, block_bytes] uint8
         self._rows: Any = rows if device.type == "cuda" else rows.numpy()
 
     def block(self, block_id: int) -> Any:

@@ -8,7 +8,7 @@ hidden state of its last computed token: the next chunk's first log-probability 
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from kvbaton.engine.batch import SampledToken, ScheduledRow, StepResult
+from kvbaton.engine.cuda_graphs import DecodeGraphs
+from kvbaton.engine.device_sampler import DeviceSampler
 from kvbaton.engine.logprobs import token_logprobs
 from kvbaton.engine.request import TokenLogprobs
 from kvbaton.engine.sampler import Draw, sample_tokens
@@ -41,8 +43,17 @@ class ForwardPass(Protocol):
 class Runner:
     """A decoder with its KV pool [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]."""
 
-    def __init__(self, decoder: ForwardPass, pool: torch.Tensor) -> None:
+    def __init__(
+        self,
+        decoder: ForwardPass,
+        pool: torch.Tensor,
+        graphs: DecodeGraphs | None = None,
+        sampler: DeviceSampler | None = None,
+    ) -> None:
+        """Steps of single tokens run by `graphs` where there are any, plain draws by `sampler`."""
         self._decoder = decoder
+        self._graphs = graphs
+        self._sampler = sampler
         self._pool = pool
         self._block_size = pool.shape[4]
         self._tails: WeakKeyDictionary[Sequence, torch.Tensor] = WeakKeyDictionary()  # [hidden] each
@@ -52,15 +63,20 @@ class Runner:
         """Compute `rows`, writing their KV. At least one row, each of at least one token."""
         order = sorted(range(len(rows)), key=lambda i: rows[i].num_tokens != 1)  # stable: single tokens first
         ordered = [rows[i] for i in order]
-        meta = self._meta(ordered)
-        hidden = self._decoder.forward(self._token_ids(ordered), self._pool, meta)
-        prompt_logprobs = self._prompt_logprobs(ordered, hidden, meta)
-        sampled = self._sample(ordered, hidden, meta)
+        hidden = self._forward(ordered)
+        prompt_logprobs = self._prompt_logprobs(ordered, hidden)
+        sampled = self._sample(ordered, hidden)
         result = StepResult([()] * len(rows), [None] * len(rows))
         for place, i in enumerate(order):
             result.sampled[i] = sampled[place]
             result.prompt_logprobs[i] = prompt_logprobs[place]
         return result
+
+    def _forward(self, rows: list[ScheduledRow]) -> torch.Tensor:  # [num_tokens, hidden], valid until the next step
+        bucket = self._graphs.bucket(rows) if self._graphs is not None else None
+        if self._graphs is not None and bucket is not None:
+            return self._graphs.forward(rows, bucket)
+        return self._decoder.forward(self._token_ids(rows), self._pool, self._meta(rows))
 
     def _meta(self, rows: list[ScheduledRow]) -> AttentionMeta:
         return build_attention_meta(
@@ -78,25 +94,26 @@ class Runner:
             return host.pin_memory().to(self._decoder.device, non_blocking=True)
         return host
 
-    def _sample(
-        self, rows: list[ScheduledRow], hidden: torch.Tensor, meta: AttentionMeta
-    ) -> list[tuple[SampledToken, ...]]:
+    def _sample(self, rows: list[ScheduledRow], hidden: torch.Tensor) -> list[tuple[SampledToken, ...]]:
         """hidden [num_tokens, hidden]; only the last token of each row that draws becomes logits."""
         drawing = [i for i, row in enumerate(rows) if row.samples]
         if not drawing:
             return [()] * len(rows)
-        logits = self._decoder.logits(_last_rows(hidden, meta, drawing))  # [len(drawing), vocab]
+        logits = self._decoder.logits(_last_rows(hidden, rows, drawing))  # [len(drawing), vocab]
         draws = [Draw(rows[i].seq, sample, place) for place, i in enumerate(drawing) for sample in rows[i].samples]
-        tokens = iter(sample_tokens(logits, draws))
+        tokens = iter(self._draw(logits, draws))
         return [tuple(next(tokens) for _ in row.samples) for row in rows]
 
-    def _prompt_logprobs(
-        self, rows: list[ScheduledRow], hidden: torch.Tensor, meta: AttentionMeta
-    ) -> list[PromptLogprobs | None]:
+    def _draw(self, logits: torch.Tensor, draws: list[Draw]) -> list[SampledToken]:
+        if self._sampler is not None and self._sampler.takes(draws):
+            return [SampledToken(token_id) for token_id in self._sampler.start(logits, draws).wait()]
+        return sample_tokens(logits, draws)
+
+    def _prompt_logprobs(self, rows: list[ScheduledRow], hidden: torch.Tensor) -> list[PromptLogprobs | None]:
         results: list[PromptLogprobs | None] = [None] * len(rows)
         end = 0
         for i, row in enumerate(rows):
-            start, end = end, end + meta.query_lens[i]
+            start, end = end, end + row.num_tokens
             if row.seq.sampling.prompt_logprobs is not None and not row.seq.num_outputs:
                 results[i] = self._row_logprobs(row, hidden[start:end])
         return results
@@ -126,11 +143,12 @@ def _row_tokens(row: ScheduledRow) -> list[int]:
     return row.seq.tokens[start : start + row.num_tokens]
 
 
-def _last_rows(hidden: torch.Tensor, meta: AttentionMeta, drawing: list[int]) -> torch.Tensor:
+def _last_rows(hidden: torch.Tensor, rows: list[ScheduledRow], drawing: list[int]) -> torch.Tensor:
     """[len(drawing), hidden]: the state of the last token of each row in `drawing`."""
-    if len(drawing) == meta.num_tokens:
+    if len(drawing) == hidden.shape[0]:
         return hidden  # one token a row, and all of them draw
-    last = meta.cu_seqlens_q[1:].long() - 1  # [num_seqs]
-    if len(drawing) < meta.num_seqs:
-        last = last[drawing]
+    ends = list(accumulate(row.num_tokens for row in rows))
+    last = torch.tensor([ends[i] - 1 for i in drawing])
+    if hidden.is_cuda:
+        last = last.pin_memory().to(hidden.device, non_blocking=True)
     return hidden[last]

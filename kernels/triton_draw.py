@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """Drawing tokens on the device: one pass over the logits, noise and cuts made in registers. See `draw` for what it is.
 
-    grid (row, chunk of the vocabulary) -> best value and its token id a chunk; then the best chunk of each row
+grid (row, chunk of the vocabulary) -> best value and its token id a chunk; then the best chunk of each row
 """
 
 from __future__ import annotations
