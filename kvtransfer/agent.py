@@ -20,9 +20,10 @@ from kvbaton.kvtransfer.messages import Event, Failed, HandoffKey, Landing, Offe
 from kvbaton.kvtransfer.receiver import ReceiveHandoff
 from kvbaton.kvtransfer.roster import Roster
 from kvbaton.kvtransfer.sender import SendHandoff
-from kvbaton.kvtransfer.session import Session, SessionOwner
+from kvbaton.kvtransfer.session import Session
+from kvbaton.kvtransfer.session_owner import SessionOwner
 from kvbaton.kvtransfer.settings import Identity, TransferSettings
-from kvbaton.kvtransfer.stats import PeerStats, TransferStats
+from kvbaton.kvtransfer.stats import TransferStats, peer_stats
 from kvbaton.kvtransfer.thread import AgentThread
 from kvbaton.kvtransfer.transport import Channel, Transport, TransportError
 from kvbaton.kvtransfer.wire import Handle
@@ -110,7 +111,7 @@ class TransferAgent:
             sending=len(self._senders),
             receiving=len(self._receivers),
             quarantined_blocks=sum(s.quarantined_blocks() for s in sessions),
-            peers=tuple(p for s in sessions if (p := _peer_stats(s)) is not None),
+            peers=tuple(p for s in sessions if (p := peer_stats(s)) is not None),
         )
 
     def start(self) -> None:
@@ -344,13 +345,3 @@ class TransferAgent:
         """Close every session; what they held is failed and released."""
         for session in self._roster.snapshot():
             self._end_session(session, reason)
-
-
-def _peer_stats(session: Session) -> PeerStats | None:
-    peer = session.peer
-    if peer is None:
-        return None
-    meter = session.meter
-    return PeerStats(
-        peer.engine_id, peer.generation, session.channel.describe(), meter.bandwidth_bytes_s, meter.latency_s
-    )

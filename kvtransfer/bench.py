@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from kvbaton.kvtransfer.perftest import tag_bandwidth
 
 _KIB = 1024
+_SINGLES = 20
 DEFAULT_SIZES = (64 * _KIB, 256 * _KIB, 1024 * _KIB, 2048 * _KIB, 8192 * _KIB)
 
 
@@ -39,13 +40,17 @@ class BenchOptions:
 
 @dataclass(frozen=True, slots=True)
 class BenchRow:
-    """Medians of one size and UCX_TLS, in GB/s (1e9); `ratio` is the median of the rounds' ratios."""
+    """Medians of one size and UCX_TLS; GB is 1e9 bytes; `ratio` is the median of the rounds' ratios.
+
+    `one_block_us` is the time of a whole hand-off of one block, offer to release, one after another.
+    """
 
     tls: str
     block_bytes: int
     perftest_gb_s: float
     handoff_gb_s: float
     ratio: float
+    one_block_us: float
     transports: str
 
 
@@ -106,13 +111,15 @@ def _measure_size(options: BenchOptions, tls: str, size: int, prefill: BenchProc
     prefill.ask(do="open", side="prefill", num_blocks=pool, block_bytes=size)
     run = {"do": "run", "port": port, "blocks_each": each, "concurrent": options.concurrent}
     prefill.ask(**run, handoffs=max(2, pool // each))
-    pairs = []
+    pairs, singles = [], []
     transports = ""
     for _ in range(options.rounds):
         yardstick = tag_bandwidth(size, blocks, {"UCX_TLS": tls})
         answer = prefill.ask(**run, handoffs=blocks // each)
         transports = answer["transports"]
         pairs.append((yardstick, blocks // each * each * size / answer["seconds"]))
+        alone = prefill.ask(do="run", port=port, blocks_each=1, concurrent=1, handoffs=_SINGLES)
+        singles.append(alone["seconds"] / _SINGLES * 1e6)
     prefill.ask(do="close")
     decode.ask(do="close")
     return BenchRow(
@@ -121,13 +128,14 @@ def _measure_size(options: BenchOptions, tls: str, size: int, prefill: BenchProc
         perftest_gb_s=statistics.median(p for p, _ in pairs) / 1e9,
         handoff_gb_s=statistics.median(o for _, o in pairs) / 1e9,
         ratio=statistics.median(o / p for p, o in pairs),
+        one_block_us=statistics.median(singles),
         transports=transports,
     )
 
 
 def _format(row: BenchRow) -> str:
     size = f"{row.block_bytes // _KIB} KiB"
-    speeds = f"{row.perftest_gb_s:>10.2f} {row.handoff_gb_s:>10.2f} {row.ratio:>7.2f}"
+    speeds = f"{row.perftest_gb_s:>10.2f} {row.handoff_gb_s:>10.2f} {row.ratio:>7.2f} {row.one_block_us:>9.0f}"
     return f"{row.tls:>8} {size:>10} {speeds}  {row.transports}"
 
 
@@ -143,11 +151,14 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     options = BenchOptions(tuple(given.sizes), tuple(given.tls), given.rounds, given.megabytes)
     sys.stdout.write(
-        f"{'UCX_TLS':>8} {'block':>10} {'perftest':>10} {'hand-off':>10} {'ratio':>7}  transports   (GB/s)\n"
+        f"{'UCX_TLS':>8} {'block':>10} {'perftest':>10} {'hand-off':>10} {'ratio':>7} {'1 block':>9}  transports\n"
+        f"{'':>8} {'':>10} {'GB/s':>10} {'GB/s':>10} {'':>7} {'us':>9}\n"
     )
     rows = measure(options, sys.stdout)
     if given.json is not None:
-        given.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        command = " ".join(["kvbaton bench transfer", *argv])
+        result = {"command": command, "cpus": os.cpu_count(), "rows": [asdict(row) for row in rows]}
+        given.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 
-from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, Hello, Step, refusal
+from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, Step, refusal
 from kvbaton.kvtransfer.link import key_of
 from kvbaton.kvtransfer.messages import Event, Landing, Offer, Offered, PeerAddress
 from kvbaton.kvtransfer.meter import LinkMeter
 from kvbaton.kvtransfer.receiver import ReceiveHandoff
 from kvbaton.kvtransfer.send_window import SendWindow
 from kvbaton.kvtransfer.sender import SendHandoff
-from kvbaton.kvtransfer.settings import TransferSettings
+from kvbaton.kvtransfer.session_owner import SessionOwner
 from kvbaton.kvtransfer.states import IllegalTransition, SessionState
 from kvbaton.kvtransfer.transport import Channel, Operation, TransportError
 from kvbaton.kvtransfer.wire import (
@@ -47,19 +46,6 @@ from kvbaton.kvtransfer.wire import (
 )
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class SessionOwner:
-    """What a session asks of its agent."""
-
-    generation: int
-    block_bytes: int
-    settings: TransferSettings
-    emit: Callable[[Event], None]
-    opened: Callable[[Session, Hello], None]
-    offered: Callable[[Session, ReceiveHandoff], bool]
-    forgotten: Callable[[Handle], None]
 
 
 class Session:

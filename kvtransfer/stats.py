@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvbaton.kvtransfer.session import Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,3 +33,12 @@ class TransferStats:
     receiving: int = 0
     quarantined_blocks: int = 0
     peers: tuple[PeerStats, ...] = ()
+
+
+def peer_stats(session: Session) -> PeerStats | None:
+    """None while the peer is not authenticated."""
+    peer, meter = session.peer, session.meter
+    if peer is None:
+        return None
+    transports = session.channel.describe()
+    return PeerStats(peer.engine_id, peer.generation, transports, meter.bandwidth_bytes_s, meter.latency_s)
