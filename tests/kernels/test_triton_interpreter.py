@@ -24,7 +24,7 @@ def outcomes() -> dict[str, str | None]:
     path = os.pathsep.join(filter(None, (str(tests), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     command = [sys.executable, "-m", "support.triton_cases"]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     return {line["name"]: line["error"] for line in lines}
