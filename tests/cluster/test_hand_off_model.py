@@ -1,6 +1,6 @@
 """Random interleavings of everything that can happen to requests, hand-offs and engines, on a hand-moved clock.
 
-The network delays, drops, doubles and truncates messages of one engine while those of others pass, and an ingress may be
+The network delays, drops, doubles and truncates messages of one engine while those of others pass; an ingress may be
 heard late. After each step no transfer may touch a block that its hand-off does not own. After each run: every request
 ended exactly once with the tokens of the fault-free run, no block is held anywhere, and no hand-off is open on either
 side.
