@@ -1,7 +1,8 @@
 """`kvbaton bench transfer`: block transfer through the real hand-off path beside `ucx_perftest tag_bw`.
 
-Two processes with an agent each move hand-offs over UCX (offer, grant, blocks, done, ack); each round runs perftest and
-then ours at the same message size and UCX_TLS, so the ratio is of figures taken seconds apart. Medians over the rounds.
+Two processes with an agent each move hand-offs over UCX (offer, grant, blocks, done, ack); each round runs perftest
+and then ours at the same message size and UCX_TLS, so the ratio is of figures taken seconds apart. Both clocks start
+after a warm-up. Medians over the rounds.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.kvtransfer.ucx import UcxTransport
 
 _SECRET = b"transfer benchmark"
+_WARMUP = 2
 
 
 class HostBlocks:
@@ -80,8 +81,9 @@ class DecodeSide:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """`handoffs` hand-offs of `blocks_each` blocks, `concurrent` of them open at a time."""
+    """`handoffs` timed hand-offs of `blocks_each` blocks after `warmup` others, `concurrent` of them open at a time."""
 
+    warmup: int
     handoffs: int
     blocks_each: int
     concurrent: int
@@ -96,22 +98,23 @@ class PrefillSide:
         self._failure = ""
         self._started = 0
         self._released = 0
-        self._load = Load(0, 0, 0)
+        self._load = Load(0, 0, 0, 0)
+        self._timed_from = 0.0
+        self._timed_until = 0.0
         self._peer = PeerAddress("", 0, "", 0)
         self.agent = make_agent("prefill", memory, self._on_event)
 
     def run(self, peer: PeerAddress, load: Load) -> float:
-        """Seconds from the first offer to the last release."""
+        """Seconds from the release that ends the warm-up to the last one, as perftest's clock runs."""
         self._peer, self._load = peer, load
         self._started = self._released = 0
         self._finished.clear()
-        start = time.perf_counter()
-        for _ in range(min(load.concurrent, load.handoffs)):
+        for _ in range(min(load.concurrent, load.warmup + load.handoffs)):
             self._hand_off()
         self._finished.wait()
         if self._failure:
             raise RuntimeError(f"hand-off failed: {self._failure}")
-        return time.perf_counter() - start
+        return self._timed_until - self._timed_from
 
     def _hand_off(self) -> None:
         count = self._load.blocks_each
@@ -127,11 +130,17 @@ class PrefillSide:
             self._failure = event.reason
             self._finished.set()
         elif isinstance(event, Released):
-            self._released += 1
-            if self._released == self._load.handoffs:
-                self._finished.set()
-            elif self._started < self._load.handoffs:
-                self._hand_off()
+            self._count_release(self._load.warmup + self._load.handoffs)
+
+    def _count_release(self, total: int) -> None:
+        self._released += 1
+        if self._released == self._load.warmup:
+            self._timed_from = time.perf_counter()
+        if self._released == total:
+            self._timed_until = time.perf_counter()
+            self._finished.set()
+        elif self._started < total:
+            self._hand_off()
 
 
 def main() -> int:
@@ -146,7 +155,7 @@ def main() -> int:
             side = PrefillSide(memory) if command["side"] == "prefill" else DecodeSide(memory)
             answer = {"port": side.agent.address().port}
         elif command["do"] == "run" and isinstance(side, PrefillSide):
-            load = Load(command["handoffs"], command["blocks_each"], command["concurrent"])
+            load = Load(_WARMUP, command["handoffs"], command["blocks_each"], command["concurrent"])
             seconds = side.run(PeerAddress("decode", 1, "127.0.0.1", command["port"]), load)
             peers = side.agent.stats().peers
             answer = {"seconds": seconds, "transports": peers[0].transports if peers else ""}
