@@ -1,4 +1,4 @@
-"""One launched cluster for all tests of this folder: a launch costs half a minute of CPU."""
+"""One launched cluster for all tests of a file: launching costs half a minute of CPU, idling half a core."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from support.launcher import Launcher, survivors
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tiny_model: Callable[[str], Path]) -> Iterator[Launcher]:
     """1 prefill + 1 decode engine and two ingress replicas, as `kvbaton serve` starts them."""
     launcher = Launcher(tiny_model("llama"), "--kv-memory", "16MiB", "--replicas", "2", "--served-model-name", "tiny")
