@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,11 +19,13 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from kvbaton.cluster.engine_host import EngineHost, EngineHostSettings, EngineStats
+from kvbaton.cluster.heartbeat_watch import HeartbeatWatch
 from kvbaton.cluster.keeper import Backoff, EngineFailed, EngineSpec
 from kvbaton.cluster.launch_types import StoreAddress
 from kvbaton.cluster.manager import PoolManager, PoolView
 from kvbaton.cluster.pool_state import StorePoolState
 from kvbaton.cluster.redis_store import RedisStore
+from kvbaton.cluster.registry import Membership
 from kvbaton.router.engine_info import EngineInfo, Role
 
 MANAGER_NAME = "kvbaton-manager"
@@ -126,7 +129,9 @@ class ManagerActor:
     async def start(self) -> PoolView:
         if self._manager is None:
             store = await RedisStore.open(self._settings.store.url, self._settings.store.namespace)
-            factory = RayEngineFactory(self._settings)
+            membership = Membership(store)
+            await membership.start()
+            factory = RayEngineFactory(self._settings, HeartbeatWatch(membership))
             self._manager = PoolManager(factory, StorePoolState(store), WallClock(), self._settings.backoff)
             self._manager.start()
         return self._manager.view()
@@ -157,9 +162,10 @@ class WallClock:
 class RayEngine:
     """`keeper.RunningEngine`: an engine actor that is up."""
 
-    def __init__(self, actor: Any, info: EngineInfo) -> None:
+    def __init__(self, actor: Any, info: EngineInfo, watch: HeartbeatWatch) -> None:
         self._actor = actor
         self._info = info
+        self._watch = watch
 
     @property
     def info(self) -> EngineInfo:
@@ -172,6 +178,20 @@ class RayEngine:
             raise EngineFailed(reason_of(error)) from error
 
     async def died(self) -> str:
+        """Of its process, as Ray sees it; of a failure inside that it reports itself; or of silence."""
+        running = asyncio.ensure_future(self._run())
+        silent = asyncio.ensure_future(self._watch.silent(self._info.engine_id, self._info.generation))
+        try:
+            await asyncio.wait((running, silent), return_when=asyncio.FIRST_COMPLETED)
+            if running.done():
+                return running.result()
+            ray.kill(self._actor)  # it hangs: asking it to stop would wait for ever
+            return "no heartbeat"
+        finally:
+            running.cancel()
+            silent.cancel()
+
+    async def _run(self) -> str:
         try:
             reason = str(await self._actor.run.remote())
         except RayError as error:
@@ -186,8 +206,9 @@ class RayEngine:
 class RayEngineFactory:
     """`keeper.EngineFactory`: one detached actor an engine, so that engines survive their manager."""
 
-    def __init__(self, settings: ManagerSettings) -> None:
+    def __init__(self, settings: ManagerSettings, watch: HeartbeatWatch) -> None:
         self._settings = settings
+        self._watch = watch
 
     async def start(self, spec: EngineSpec) -> RayEngine:
         actor = self._create(spec)
@@ -199,7 +220,7 @@ class RayEngineFactory:
         except asyncio.CancelledError:
             ray.kill(actor)
             raise
-        return RayEngine(actor, info)
+        return RayEngine(actor, info, self._watch)
 
     async def existing(self) -> list[RayEngine]:
         """Engines that are up; one that a dead manager left half started is killed."""
@@ -216,7 +237,7 @@ class RayEngineFactory:
             if info is None:
                 ray.kill(actor)
             else:
-                found.append(RayEngine(actor, info))
+                found.append(RayEngine(actor, info, self._watch))
         return found
 
     def _create(self, spec: EngineSpec) -> Any:
@@ -249,9 +270,16 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, RayTaskError) and error.cause is not None:
         return f"{type(error.cause).__name__}: {error.cause}"
     if isinstance(error, RayActorError):
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        cause = next((line for line in lines if "Worker exit detail" in line or "exit type" in line), lines[0])
-        return f"engine process died: {cause}"
+        return f"engine process died: {_exit_detail(str(error))}"
     if isinstance(error, TimeoutError | GetTimeoutError):
         return "no answer in time"
     return str(error).strip() or type(error).__name__
+
+
+def _exit_detail(text: str) -> str:
+    """Ray's account of a dead worker without its page of advice."""
+    match = re.search(r"Worker exit type: (\S+) Worker exit detail: ([^.]*)", text)
+    if match is not None:
+        return f"{match[2].strip()} ({match[1]})"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0] if lines else "no reason given"

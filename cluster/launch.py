@@ -9,12 +9,11 @@ Each part that starts registers its own end at once. What is left after that, or
 from __future__ import annotations
 
 import contextlib
-import io
+import logging
 import os
 import secrets
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +33,8 @@ from kvbaton.router.engine_info import EngineInfo, EngineState
 if TYPE_CHECKING:
     from kvbaton.cluster.manager import PoolView
     from kvbaton.cluster.manager_client import ManagerClient
+
+log = logging.getLogger(__name__)
 
 _SPARE_CPUS = 64  # tickets for engines that are added later; a private cluster counts engines, not cores
 
@@ -56,6 +57,7 @@ def serve(config: ClusterConfig, screen: Screen) -> int:
     marker = secrets.token_hex(16)
     with StopSignals() as signals, Reaper(marker, run_dir), ExitStack() as stack:
         os.environ[MARKER_VARIABLE] = marker
+        stack.enter_context(_library_output(run_dir, config.ray.log_level))
         try:
             launch = _start_base(config, run_dir, screen, stack)
             signals.catch()
@@ -176,10 +178,23 @@ def _watch(cluster: Cluster, screen: Screen) -> None:
             shown[engine.engine_id] = now
 
 
+@contextmanager
+def _library_output(run_dir: Path, log_level: str) -> Iterator[None]:
+    """What libraries print by themselves goes to a file, unless the user asked for details."""
+    if log_level in ("debug", "info"):
+        yield
+        return
+    with (
+        (run_dir / "launcher.log").open("a", buffering=1) as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        yield
+
+
 def _quietly(end: Callable[[], object]) -> None:
-    """Run one ending; what it prints or raises must not keep the others from running."""
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            end()
-        except Exception as error:  # the process ends: said, not raised
-            sys.__stderr__ and sys.__stderr__.write(f"while stopping: {type(error).__name__}: {error}\n")
+    """Run one ending; what it raises must not keep the others from running."""
+    try:
+        end()
+    except Exception as error:  # the process ends: said, not raised
+        log.warning("while stopping: %s: %s", type(error).__name__, error)

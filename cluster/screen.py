@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,7 +43,8 @@ class Screen:
     """Lines on standard output."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        # The stream of this moment: what libraries print later may be sent elsewhere.
+        self.console = console or Console(file=sys.stdout, highlight=False)
 
     def line(self, text: str = "") -> None:
         self.console.print(text, markup=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from support.launcher import Launcher, wait_until
+from support.launcher import Launcher, command_of, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.ucx, pytest.mark.redis]
 
@@ -137,17 +138,44 @@ def test_a_killed_decode_engine_costs_no_token(
                 engine_process(cluster, "engine-1").kill()
     assert found == expected
     cluster.wait_line("engine-1/2 (decode) ready", 60)
+    assert "raylet" not in cluster.output  # Ray's own account of it is a page long, and goes to a file
     assert wait_until(lambda: client.get("/ready").status_code == 200, 30)
     assert token_ids(client, PROMPTS[2]) == oracle_tokens(tiny_model("llama"), PROMPTS[2], 24)
 
 
+def last_generation(cluster: Launcher, engine_id: str) -> int:
+    return max(int(number) for number in re.findall(rf"{engine_id}/(\d+)", cluster.output))
+
+
 def engine_process(cluster: Launcher, engine_id: str) -> psutil.Process:
-    """The Ray worker that runs an engine, by the port that its session server listens on."""
+    """The Ray worker that runs an engine: it listens on the port that the pools show, or was started later."""
+    workers = sorted(
+        (process for process in cluster.family() if command_of(process).startswith("ray::EngineActor")),
+        key=lambda process: process.create_time(),
+    )
     port = int(re.findall(rf"{engine_id}/\d+ .*?127\.0\.0\.1:(\d+)", cluster.output)[-1])
-    for process in cluster.family():
-        if any(item.laddr.port == port and item.status == psutil.CONN_LISTEN for item in process.net_connections()):
-            return process
-    raise AssertionError(f"nobody listens on {port}")
+    listening = [
+        process
+        for process in workers
+        if any(item.laddr.port == port and item.status == psutil.CONN_LISTEN for item in process.net_connections())
+    ]
+    return listening[0] if listening else workers[-1]
+
+
+def test_an_engine_that_hangs_is_replaced(
+    client: httpx.Client, cluster: Launcher, tiny_model: Callable[[str], Path], oracle_tokens: Oracle
+) -> None:
+    """Guards what Ray cannot see: a process that is there and does nothing. Its requests go on elsewhere meanwhile."""
+    hung = engine_process(cluster, "engine-1")
+    generation = last_generation(cluster, "engine-1")
+    hung.suspend()
+    try:
+        cluster.wait_line(f"engine-1/{generation + 1} (decode) ready", 90)
+        assert token_ids(client, PROMPTS[3]) == oracle_tokens(tiny_model("llama"), PROMPTS[3], 24)
+        assert wait_until(lambda: not hung.is_running(), 30)
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            hung.resume()
 
 
 def test_a_killed_manager_comes_back_and_knows_its_engines(
