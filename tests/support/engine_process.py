@@ -1,4 +1,7 @@
-"""An `EngineHost` in a process of its own, without Ray: what tests of two real engines over real UCX run on."""
+"""An `EngineHost` in a process of its own, without Ray: what tests of two real engines over real UCX run on.
+
+Processes fork from a server that has imported everything, so that one starts in a fraction of a second.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,23 @@ import asyncio
 import multiprocessing
 import os
 import signal
-from dataclasses import dataclass
+import socket
+import threading
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from kvbaton.cluster.engine_host import EngineHost, EngineHostSettings, EngineStats
+from kvbaton.cluster.redis_store import RedisStore
 from kvbaton.cluster.store import MemoryStore
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
 from kvbaton.kvtransfer.settings import TransferSettings
-from kvbaton.router.engine_info import EngineInfo, Role
+from kvbaton.router.engine_info import EngineInfo, EngineState, Role
 
 SECRET = b"a test cluster's secret"
 START_S = 60.0
+_PRELOAD = ["kvbaton.cluster.engine_host", "kvbaton.cluster.client", "kvbaton.cluster.redis_store"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class EngineOptions:
     prefix_cache: bool = True
     lease_s: float = 10.0
     block_size: int = 16
+    device: str = "cpu"
 
 
 def host_settings(
@@ -38,7 +46,7 @@ def host_settings(
 ) -> EngineHostSettings:
     cache = CacheConfig(options.block_size, options.kv_memory_bytes, prefix_cache=options.prefix_cache)
     batch = BatchConfig(options.max_tokens_per_step, options.prefill_chunk_tokens)
-    engine = EngineConfig(model, dtype="float32", threads=1, cache=cache, batch=batch)
+    engine = EngineConfig(model, options.device, dtype="float32", threads=1, cache=cache, batch=batch)
     transfer = TransferSettings(lease_s=options.lease_s)
     return EngineHostSettings(engine_id, generation, role, engine, SECRET, transfer=transfer)
 
@@ -46,10 +54,13 @@ def host_settings(
 class EngineProcess:
     """Start with `start`, ask with `stats`, end with `stop`, `kill` or `freeze`."""
 
-    def __init__(self, settings: EngineHostSettings) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, settings: EngineHostSettings, store_url: str | None = None) -> None:
+        """With `store_url` it registers there, else nowhere that others see."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOAD)
         self._pipe, child = context.Pipe()
-        self._process = context.Process(target=_main, args=(child, settings), daemon=True)
+        self._lock = threading.Lock()
+        self._process = context.Process(target=_main, args=(child, settings, store_url), daemon=True)
         self.settings = settings
         self.info: EngineInfo | None = None
         self._process.start()
@@ -67,14 +78,30 @@ class EngineProcess:
         return self.info
 
     def stats(self) -> EngineStats:
-        self._pipe.send("stats")
-        stats: EngineStats = self._receive(20.0)
+        stats: EngineStats = self._ask("stats")
         return stats
+
+    def slow_down(self, step_s: float) -> None:
+        """Every forward pass takes this much longer; 0 also ends a wait in progress."""
+        self._ask(("slow", step_s))
+
+    def cut(self, what: str) -> None:
+        """Shut every connection of its "session" or "kv" plane from inside."""
+        self._ask(("cut", what))
+
+    def announce(self, state: EngineState) -> None:
+        """Register as being in another state."""
+        self._ask(("announce", state))
+
+    def resources(self) -> tuple[int, int]:
+        """Open file descriptors and resident bytes."""
+        files = len(os.listdir(f"/proc/{self.pid}/fd"))
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return files, pages * os.sysconf("SC_PAGE_SIZE")
 
     def blocks_of(self, tokens: list[int]) -> dict[int, str]:
         """Digest of each cached block of a prompt, by position: what the pool really holds."""
-        self._pipe.send(("blocks", tokens))
-        found: dict[int, str] = self._receive(20.0)
+        found: dict[int, str] = self._ask(("blocks", tokens))
         return found
 
     def freeze(self, seconds: float | None = None) -> None:
@@ -95,6 +122,15 @@ class EngineProcess:
         if self._process.is_alive():
             self.kill()
 
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def _ask(self, question: Any) -> Any:
+        with self._lock:  # whoever asks gets his own answer
+            self._pipe.send(question)
+            return self._receive(20.0)
+
     def _receive(self, timeout_s: float) -> Any:
         if not self._pipe.poll(timeout_s):
             raise TimeoutError(f"engine {self.settings.engine_id} says nothing for {timeout_s} s")
@@ -104,17 +140,42 @@ class EngineProcess:
         return answer
 
 
-def _main(pipe: Connection, settings: EngineHostSettings) -> None:
-    asyncio.run(_serve(pipe, settings))
+class SlowEngine:
+    """The engine of a worker, with a pause before each forward pass."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self._pause_s = 0.0
+        self._changed = threading.Event()
+
+    def pause(self, seconds: float) -> None:
+        self._pause_s = seconds
+        self._changed.set()
+
+    def run(self, rows: Any) -> Any:
+        if self._pause_s:
+            self._changed.clear()
+            self._changed.wait(self._pause_s)
+        return self._inner.run(rows)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
-async def _serve(pipe: Connection, settings: EngineHostSettings) -> None:
-    host = EngineHost(settings, MemoryStore())
+def _main(pipe: Connection, settings: EngineHostSettings, store_url: str | None) -> None:
+    asyncio.run(_serve(pipe, settings, store_url))
+
+
+async def _serve(pipe: Connection, settings: EngineHostSettings, store_url: str | None) -> None:
+    store = MemoryStore() if store_url is None else await RedisStore.open(store_url)
+    host = EngineHost(settings, store)
     try:
         pipe.send(await host.start())
     except Exception as error:
         pipe.send(error)
         return
+    worker = _parts(host).worker
+    worker._engine = SlowEngine(worker._engine)
     loop = asyncio.get_running_loop()
     questions: asyncio.Queue[Any] = asyncio.Queue()
 
@@ -127,12 +188,43 @@ async def _serve(pipe: Connection, settings: EngineHostSettings) -> None:
 
     loop.add_reader(pipe.fileno(), readable)
     while (question := await questions.get()) != "stop":
-        if question == "stats":
-            pipe.send(await host.stats())
-        else:
-            pipe.send(_digests(host, question[1]))
+        pipe.send(await _answer(host, question))
     loop.remove_reader(pipe.fileno())
     await host.stop()
+    await store.close()
+
+
+async def _answer(host: EngineHost, question: Any) -> Any:
+    if question == "stats":
+        return await host.stats()
+    kind, value = question
+    parts = _parts(host)
+    if kind == "blocks":
+        return _digests(host, value)
+    if kind == "slow":
+        parts.worker._engine.pause(value)  # type: ignore[attr-defined]
+    elif kind == "announce":
+        await parts.registration.update(replace(parts.registration.info, state=value))
+    elif kind == "cut":
+        _cut(host, value)
+    else:
+        raise ValueError(f"what is {question!r}?")
+    return None
+
+
+def _parts(host: EngineHost) -> Any:
+    assert host._parts is not None
+    return host._parts
+
+
+def _cut(host: EngineHost, what: str) -> None:
+    """As a network does: the sockets end, and nobody here has asked for it."""
+    if what == "session":
+        sockets = [s.connection._transport.get_extra_info("socket") for s in _parts(host).sessions._sessions.values()]
+    else:
+        sockets = [s.channel.hello._sock for s in _parts(host).agent._roster.snapshot()]
+    for sock in sockets:
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _digests(host: EngineHost, tokens: list[int]) -> dict[int, str]:
@@ -140,9 +232,7 @@ def _digests(host: EngineHost, tokens: list[int]) -> dict[int, str]:
 
     from kvbaton.engine.block_hash import block_hashes
 
-    parts = host._parts
-    assert parts is not None
-    engine = parts.worker._engine
+    engine = _parts(host).worker._engine
     hashes = block_hashes(tokens, engine.kv.block_size)
     held = engine.kv.match(hashes)  # the engine is idle when tests ask
     digests = {

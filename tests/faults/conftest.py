@@ -1,0 +1,28 @@
+"""The fault matrix's table: printed at the end of a run, and written to $KVBATON_FAULT_MATRIX where that is set."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from support.fault_table import Finding, table
+
+FINDINGS = pytest.StashKey[list[Finding]]()
+
+
+@pytest.fixture(scope="module")
+def findings(request: pytest.FixtureRequest) -> list[Finding]:
+    """Where the cells of the matrix leave what they found."""
+    return request.config.stash.setdefault(FINDINGS, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    found = config.stash.get(FINDINGS, [])
+    if not found:
+        return
+    terminalreporter.section("fault matrix: outcome and time to recover")
+    terminalreporter.write_line(table(found))
+    if path := os.environ.get("KVBATON_FAULT_MATRIX"):
+        Path(path).write_text(table(found) + "\n")
