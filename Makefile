@@ -3,6 +3,7 @@
 #   make serve        install, make a tiny model, start 1 prefill + 1 decode engine, endpoint on http://127.0.0.1:8000
 #   make test         install what the tests need and run all of them
 #   make lint         ruff and mypy only
+#   make gpu-check    check every kernel on this machine's GPU and time its steps against the hardware's floor
 #   make clean        remove .venv, caches and the tiny model
 #
 # Knobs of serve:  MODEL=folder  PREFILL=2  DECODE=1  HYBRID=0  PORT=8001  DEVICE=cpu  DTYPE=float32  ARGS="..."
@@ -35,10 +36,10 @@ TORCH ?= $(if $(and $(filter-out cpu,$(DEVICE)),$(shell command -v nvidia-smi)),
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help serve test lint clean venv
+.PHONY: help serve test lint gpu-check clean venv
 
 help:
-	@sed -n '3,9s/^# \{0,1\}//p' Makefile
+	@sed -n '3,10s/^# \{0,1\}//p' Makefile
 
 serve: $(VENV)/.installed $(if $(filter models/tiny,$(MODEL)),models/tiny/config.json)
 	@exec $(BIN)/kvbaton serve --model '$(MODEL)' --prefill $(PREFILL) --decode $(DECODE) --hybrid $(HYBRID) \
@@ -51,6 +52,9 @@ lint: $(VENV)/.installed-test
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu-check: $(VENV)/.installed
+	@$(BIN)/python benchmarks/gpu_check.py --out gpu_check_results $(ARGS)
 
 venv: $(VENV)/.installed-test
 
