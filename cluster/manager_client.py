@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,8 @@ from kvbaton.cluster.manager import PoolView
 from kvbaton.cluster.pool_state import write_desired
 from kvbaton.cluster.redis_store import RedisStore
 
+log = logging.getLogger(__name__)
+
 _STOP_TIMEOUT_S = 30.0
 _STATS_TIMEOUT_S = 10.0
 _RESTART_TIMEOUT_S = 60.0
@@ -39,10 +42,9 @@ class ManagerClient:
     @classmethod
     def start(cls, settings: ManagerSettings, pools: PoolSettings) -> ManagerClient:
         """Set the wanted pools and start the manager; returns as soon as it works on them."""
+        _end_earlier()
         asyncio.run(_set_desired(settings.store, pools))
-        actor = ManagerActor.options(  # type: ignore[attr-defined]
-            name=MANAGER_NAME, lifetime="detached", get_if_exists=True
-        ).remote(settings)
+        actor = ManagerActor.options(name=MANAGER_NAME, lifetime="detached").remote(settings)  # type: ignore[attr-defined]
         client = cls(actor)
         ray.get(actor.start.remote())
         return client
@@ -90,6 +92,16 @@ class ManagerClient:
             ray.get(self._actor.stop.remote(), timeout=_STOP_TIMEOUT_S)
         finally:
             ray.kill(self._actor)
+
+
+def _end_earlier() -> None:
+    """A launcher that was killed leaves its manager, with its secret and engines, in a cluster that it had joined."""
+    try:
+        earlier = ManagerClient(ray.get_actor(MANAGER_NAME))
+    except ValueError:
+        return
+    log.warning("ending the manager of an earlier launch")
+    earlier.stop()
 
 
 async def _set_desired(address: StoreAddress, pools: PoolSettings) -> None:
