@@ -31,7 +31,7 @@ class SampledToken:
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """Per scheduled row, in order: a sampled token per entry of `row.samples`; and, for rows of a request with
-    `prompt_logprobs`, one entry per token of the row giving that *token's own* log-probability (None for position 0)."""
+    `prompt_logprobs`, that *token's own* log-probability for each token of the row (None for position 0)."""
 
     sampled: list[tuple[SampledToken, ...]]
     prompt_logprobs: list[tuple[TokenLogprobs | None, ...] | None]
