@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,8 +42,8 @@ class Screen:
     """Lines on standard output."""
 
     def __init__(self, console: Console | None = None) -> None:
-        # The stream of this moment: what libraries print later may be sent elsewhere.
-        self.console = console or Console(file=sys.stdout, highlight=False)
+        self.console = console or Console(highlight=False)
+        self.console.file = self.console.file  # pins the stream of this moment: later prints may be sent elsewhere
 
     def line(self, text: str = "") -> None:
         self.console.print(text, markup=False, soft_wrap=True)
