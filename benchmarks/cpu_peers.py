@@ -121,7 +121,8 @@ class Running:
         return None if "error" in answer else answer
 
     def _answer(self, timeout_s: float) -> dict:
-        assert self._process is not None and self._process.stdout is not None
+        assert self._process is not None
+        assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], timeout_s)
         line = self._process.stdout.readline() if ready else ""
         answer = json.loads(line) if line else {"error": "no answer" if not ready else "the process ended"}

@@ -7,11 +7,12 @@ The hand-off sees the same bytes as numbered blocks (`num_blocks`, `block_bytes`
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from kvbaton.engine.host_memory import zeroed_memory
 
 KV_LAYOUT_VERSION = 1  # of the order of axes above; engines of different versions refuse each other
 
@@ -72,5 +73,4 @@ def _zeros(num_bytes: int, device: torch.device) -> torch.Tensor:
     """
     if device.type == "cuda":
         return torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=torch.uint8)
+    return zeroed_memory(num_bytes)

@@ -36,6 +36,7 @@ class NativeDecoder:
         self._workspace = Workspace()
         self._weights: NativeWeights = pack_decoder(decoder, library)
         self._model = ctypes.addressof(self._weights.model)
+        self.seconds: torch.Tensor | None = None  # [len(PHASES)] float64: gathers CPU time of forward passes if set
 
     @property
     def capturable(self) -> bool:
@@ -46,7 +47,7 @@ class NativeDecoder:
         if not kv_cache.is_contiguous() or kv_cache.dtype is not self.dtype:
             raise ValueError(f"the KV pool is {kv_cache.dtype}, the model {self.dtype}")
         ids = token_ids.contiguous()
-        batch = batch_struct(meta, kv_cache)
+        batch = batch_struct(meta, kv_cache, self.seconds)
         hidden = torch.empty(ids.shape[0], self.config.hidden_size, dtype=self.dtype)
         team, address = self._team.handle(), ctypes.addressof(batch)
         needed = self._library.kvb_workspace_bytes(self._model, address, self._team.size)

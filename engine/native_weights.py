@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from kvbaton.engine.decoder import Decoder
-from kvbaton.engine.weights import AttentionWeights, LayerWeights, MlpWeights
+from kvbaton.engine.host_memory import zeroed_memory
+from kvbaton.engine.weights import AttentionWeights, DecoderWeights, LayerWeights, MlpWeights
 from kvbaton.kernels.native_lib import DTYPE_CODES, LayerStruct, ModelStruct
 
 PANEL = 32  # columns that are packed together; biases are padded to whole panels
@@ -30,10 +31,13 @@ class NativeWeights:
 class Packer:
     """Packs tensors of one model and keeps what the structures point at."""
 
-    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype, num_bytes: int) -> None:
+        """`num_bytes`: of all packed weights together, an upper bound; unused room stays untouched."""
         self._library = library
         self._code = DTYPE_CODES[dtype]
-        self.kept: list[object] = []
+        self._arena = zeroed_memory(num_bytes)
+        self._used = 0
+        self.kept: list[object] = [self._arena]
 
     def keep(self, tensor: torch.Tensor | None) -> int | None:
         """The address of a tensor that is used as it is."""
@@ -43,17 +47,18 @@ class Packer:
         self.kept.append(tensor)
         return tensor.data_ptr()
 
-    def pack(self, weight: torch.Tensor, interleave: bool = False, take: bool = True) -> int:
+    def pack(self, weight: torch.Tensor, interleave: bool = False) -> int:
         """weight [out, in] -> address of its panels. `interleave`: the rows are gate, then up."""
         out, inputs = weight.shape
         rows = 2 * _whole(out // 2, _HALF_PANEL) if interleave else out
-        packed = torch.empty(self._library.kvb_packed_bytes(self._code, rows, inputs), dtype=torch.uint8)
+        address = self._arena.data_ptr() + self._used
+        self._used += self._library.kvb_packed_bytes(self._code, rows, inputs)
+        if self._used > self._arena.numel():
+            raise ValueError(f"packed weights need more than {self._arena.numel()} bytes")
         source = weight.contiguous()
-        self._library.kvb_pack(self._code, source.data_ptr(), packed.data_ptr(), out, inputs, int(interleave))
-        if take:
-            weight.untyped_storage().resize_(0)
-        self.kept.append(packed)
-        return packed.data_ptr()
+        self._library.kvb_pack(self._code, source.data_ptr(), address, out, inputs, int(interleave))
+        weight.untyped_storage().resize_(0)
+        return address
 
     def bias(self, bias: torch.Tensor | None, interleave: bool = False) -> int | None:
         """bias [out] as float32 in the order of the packed columns."""
@@ -68,7 +73,7 @@ class Packer:
 def pack_decoder(decoder: Decoder, library: ctypes.CDLL) -> NativeWeights:
     """Takes the decoder's matrices over; it cannot run afterwards."""
     config, weights = decoder.config, decoder.weights
-    packer = Packer(library, decoder.dtype)
+    packer = Packer(library, decoder.dtype, _packed_bound(weights))
     layers = (LayerStruct * config.num_layers)()
     for index, layer in enumerate(weights.layers):
         layers[index] = _layer(packer, layer, config.sliding_windows[index])
@@ -120,6 +125,16 @@ def _attention(packer: Packer, attention: AttentionWeights) -> dict[str, int | N
         "out": packer.pack(attention.out),
         "out_bias": packer.bias(attention.out_bias),
     }
+
+
+def _packed_bound(weights: DecoderWeights) -> int:
+    """Bytes of all matrices with every side rounded up to whole panels."""
+    matrices = [weights.lm_head]
+    for layer in weights.layers:
+        matrices += [layer.attention.qkv, layer.attention.out]
+        if isinstance(layer.mlp, MlpWeights):
+            matrices += [layer.mlp.gate_up, layer.mlp.down]
+    return sum(_whole(m.shape[0] + PANEL, PANEL) * (m.shape[1] + 1) * m.element_size() for m in matrices)
 
 
 def _whole(count: int, unit: int) -> int:

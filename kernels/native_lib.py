@@ -18,6 +18,7 @@ from kvbaton.kernels.native_build import NativeUnavailable, built_library
 
 log = logging.getLogger(__name__)
 
+PHASES = ("embedding", "norms", "qkv", "rope and KV write", "attention", "out", "gate and up", "down")
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -51,6 +52,7 @@ class BatchStruct(Structure):
         *((name, c_int64) for name in ("num_tokens", "num_seqs", "num_decodes", "table_width", "max_context")),
         *((name, c_int64) for name in ("block_size", "pool_layers")),
         *((name, c_void_p) for name in ("positions", "slots", "block_tables", "cu_seqlens", "context_lens", "pool")),
+        ("seconds", c_void_p),
     )
 
 
@@ -96,8 +98,10 @@ def native_library() -> ctypes.CDLL | None:
     return library
 
 
-def batch_struct(meta: AttentionMeta, kv_cache: torch.Tensor) -> BatchStruct:
-    """Points into `meta` and kv_cache [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]."""
+def batch_struct(meta: AttentionMeta, kv_cache: torch.Tensor, seconds: torch.Tensor | None = None) -> BatchStruct:
+    """Points into `meta` and kv_cache [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
+
+    seconds [len(PHASES)] float64 gathers CPU time by phase."""
     return BatchStruct(
         meta.num_tokens,
         meta.num_seqs,
@@ -112,6 +116,7 @@ def batch_struct(meta: AttentionMeta, kv_cache: torch.Tensor) -> BatchStruct:
         meta.cu_seqlens_q.data_ptr(),
         meta.context_lens.data_ptr(),
         kv_cache.data_ptr(),
+        None if seconds is None else seconds.data_ptr(),
     )
 
 

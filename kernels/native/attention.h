@@ -1,6 +1,7 @@
 /* Paged attention straight from the pool, softmax in float32.
  *
- * Decode (one query): an item is (sequence, KV head, part of SPAN keys); its query heads share every K and V row read.
+ * Decode (one query): an item is (sequence, part of SPAN keys, range of KV heads); the query heads of a KV head share
+ * every K and V row read.
  * Prefill: an item is (sequence, KV head, block of QUERIES queries). SPAN keys at a time are packed as if they were
  * weights, scores and values are products with them, and the softmax goes along ("online").
  *
@@ -11,7 +12,11 @@
 #ifndef KVB_ATTENTION_ONCE
 #define KVB_ATTENTION_ONCE
 #define SPAN 512
+#define SCORES (SPAN + 16) /* floats of one head's scores: they are made 16 at a time */
 #define QUERIES 128
+#ifndef ASK
+#define ASK 4096 /* bytes: how far before its use a row of the pool is asked for */
+#endif
 #define TILE_Q (4 * TILE_ROWS) /* (query, head) rows whose scores exist at a time */
 
 /* Where one sequence's keys of one (layer, KV head) are: token t lies in block table[t / size]. */
@@ -23,6 +28,11 @@ typedef struct {
 
 INLINE const char *key_at(const pages *p, int64_t token) {
     return p->pool + p->table[token / p->size] * p->block_bytes + token % p->size * p->row_bytes;
+}
+
+/* Asks for the `bytes` that lie ASK bytes behind `row`, in the run that ends at `end` and goes on at `next`. */
+INLINE void ask_ahead(const char *row, int64_t bytes, const char *end, const char *next) {
+    for (int64_t at = ASK; at < ASK + bytes; at += 64) __builtin_prefetch(row + at < end ? row + at : next + (row + at - end));
 }
 
 static pages pages_of(const kvb_heads *h, const kvb_batch *b, int64_t seq, int64_t kv_head, int64_t store_bytes) {
@@ -47,12 +57,12 @@ static int64_t query_blocks(const kvb_batch *b, int64_t i) {
 
 /* ---- decode ---- */
 
-/* out[j] = q . k[j] for 16 rows of head_dim elements. */
+/* out[j] = q . k[j] for 16 rows of dim elements. */
 INLINE void FN(dot16)(const FN(act) * q, const FN(store) *const *k, int64_t dim, float *out) {
     vf sums[16];
+    UNROLL for (int j = 0; j < 16; j++) sums[j] = (vf){0};
 #if DTYPE == 2 && defined(BF16_DOT)
     int64_t whole = dim / 32 * 32;
-    UNROLL for (int j = 0; j < 16; j++) sums[j] = (vf){0};
     for (int64_t d = 0; d < whole; d += 32) {
         __m512bh part = (__m512bh)_mm512_loadu_si512(q + d);
         UNROLL for (int j = 0; j < 16; j++) sums[j] =
@@ -66,7 +76,6 @@ INLINE void FN(dot16)(const FN(act) * q, const FN(store) *const *k, int64_t dim,
     }
 #else
     int64_t whole = dim / LANES * LANES;
-    UNROLL for (int j = 0; j < 16; j++) sums[j] = (vf){0};
     for (int64_t d = 0; d < whole; d += LANES) {
         vf part = FN(load_act)(q + d);
         UNROLL for (int j = 0; j < 16; j++) sums[j] += part * FN(load)(k[j] + d);
@@ -79,29 +88,51 @@ INLINE void FN(dot16)(const FN(act) * q, const FN(store) *const *k, int64_t dim,
     sum_lanes_16(sums, out);
 }
 
-/* acc[h][dim] += sum over keys of p[h][key] * v[key], for HEADS heads. */
+/* A walk over the tiles of a head range: block after block, in each head after head, which is the pool's own order, so
+ * what comes next can be asked for in time. */
+typedef struct {
+    const pages *pages;
+    int64_t heads, from, to; /* KV heads, and keys */
+} FN(walk);
+
+/* Scores of keys from..to of every query head: p[head][t - from] = q[head] . k[t]. */
+INLINE void FN(score)(const FN(walk) * w, int64_t group, const FN(act) * q, int64_t dim, float *p) {
+    const pages *pg = w->pages;
+    int64_t row_bytes = dim * (int64_t)sizeof(FN(store)), tile = pg->size * row_bytes, run = w->heads * tile;
+    for (int64_t t = w->from, end; t < w->to; t = end) {
+        end = min_of(w->to, (t / pg->size + 1) * pg->size);
+        const char *base = key_at(pg, t), *block = base - t % pg->size * row_bytes;
+        const char *next = end < w->to ? key_at(pg, end) : key_at(pg, w->from) + pg->values_at;
+        for (int64_t head = 0; head < w->heads; head++)
+            for (int64_t at = 0; at < end - t; at += 16) {
+                const char *row = base + head * tile + at * row_bytes;
+                int64_t n = min_of(16, end - t - at);
+                const FN(store) *k[16];
+                for (int64_t j = 0; j < 16; j++) k[j] = (const FN(store) *)(row + (j < n ? j : n - 1) * row_bytes);
+                ask_ahead(row, n * row_bytes, block + run, next);
+                for (int64_t g = 0; g < group; g++)
+                    FN(dot16)(q + (head * group + g) * dim, k, dim, p + (head * group + g) * SCORES + t + at - w->from);
+            }
+    }
+}
+
+/* acc[h] += sum of p[h][j] * v[j] over n rows, for HEADS heads and `dim` a multiple of four vectors. */
 #define VALUES(HEADS)                                                                                                  \
-    static void FN(values##HEADS)(const float *p, const pages *pg, int64_t from, int64_t to, int64_t dim, float *acc) { \
+    INLINE void FN(values##HEADS)(const float *p, const FN(store) * v, int64_t n, int64_t dim, float *acc) {           \
         for (int64_t d = 0; d < dim; d += 4 * LANES) {                                                                 \
             vf sums[HEADS][4];                                                                                         \
-            int64_t n = dim - d;                                                                                       \
-            for (int h = 0; h < HEADS; h++) for (int j = 0; j < 4; j++) sums[h][j] = (vf){0};                          \
-            for (int64_t t = from; t < to;) {                                                                          \
-                const char *row = key_at(pg, t) + pg->values_at;                                                       \
-                int64_t end = min_of(to, (t / pg->size + 1) * pg->size);                                               \
-                for (; t < end; t++, row += pg->row_bytes) {                                                           \
-                    const FN(store) *v = (const FN(store) *)row + d;                                                   \
-                    vf part[4];                                                                                        \
-                    UNROLL for (int j = 0; j < 4; j++) part[j] = n >= (j + 1) * LANES ? FN(load)(v + j * LANES)        \
-                        : n > j * LANES ? FN(load_n)(v + j * LANES, n - j * LANES) : (vf){0};                          \
-                    UNROLL for (int h = 0; h < HEADS; h++) {                                                           \
-                        vf weight = splat(p[h * SPAN + t - from]);                                                     \
-                        UNROLL for (int j = 0; j < 4; j++) sums[h][j] += weight * part[j];                             \
-                    }                                                                                                  \
+            UNROLL for (int h = 0; h < HEADS; h++) UNROLL for (int j = 0; j < 4; j++) sums[h][j] =                     \
+                vload(acc + h * dim + d + j * LANES);                                                                  \
+            for (int64_t t = 0; t < n; t++) {                                                                          \
+                vf part[4];                                                                                            \
+                UNROLL for (int j = 0; j < 4; j++) part[j] = FN(load)(v + t * dim + d + j * LANES);                    \
+                UNROLL for (int h = 0; h < HEADS; h++) {                                                               \
+                    vf weight = splat(p[h * SCORES + t]);                                                              \
+                    UNROLL for (int j = 0; j < 4; j++) sums[h][j] += weight * part[j];                                 \
                 }                                                                                                      \
             }                                                                                                          \
-            for (int h = 0; h < HEADS; h++) for (int j = 0; j < 4; j++)                                                \
-                vstore(acc + h * (dim + 4 * LANES) + d + j * LANES, sums[h][j]);                                    \
+            UNROLL for (int h = 0; h < HEADS; h++) UNROLL for (int j = 0; j < 4; j++)                                  \
+                vstore(acc + h * dim + d + j * LANES, sums[h][j]);                                                     \
         }                                                                                                              \
     }
 VALUES(1)
@@ -110,90 +141,119 @@ VALUES(3)
 VALUES(4)
 #undef VALUES
 
-static void FN(values)(int64_t heads, const float *p, const pages *pg, int64_t from, int64_t to, int64_t dim,
-                       float *acc) {
-    for (int64_t h = 0; h < heads; h += 4) {
-        const float *at = p + h * SPAN;
-        float *into = acc + h * (dim + 4 * LANES);
-        switch (min_of(4, heads - h)) {
-        case 1: FN(values1)(at, pg, from, to, dim, into); break;
-        case 2: FN(values2)(at, pg, from, to, dim, into); break;
-        case 3: FN(values3)(at, pg, from, to, dim, into); break;
-        default: FN(values4)(at, pg, from, to, dim, into);
+/* The same for one head and any `dim`. */
+INLINE void FN(values_any)(const float *p, const FN(store) * v, int64_t n, int64_t dim, float *acc) {
+    for (int64_t t = 0; t < n; t++)
+        for (int64_t d = 0; d < dim; d += LANES) {
+            int64_t width = min_of(LANES, dim - d);
+            float sums[LANES] = {0};
+            memcpy(sums, acc + d, (size_t)width * 4);
+            vstore(sums, vload(sums) + splat(p[t]) * FN(load_n)(v + t * dim + d, width));
+            memcpy(acc + d, sums, (size_t)width * 4);
+        }
+}
+
+INLINE void FN(values_of_head)(int64_t group, const float *p, const FN(store) * v, int64_t n, int64_t dim, float *acc) {
+    for (int64_t g = 0; dim % (4 * LANES) && g < group; g++) FN(values_any)(p + g * SCORES, v, n, dim, acc + g * dim);
+    for (int64_t g = 0; dim % (4 * LANES) == 0 && g < group; g += 4) switch (min_of(4, group - g)) {
+        case 1: FN(values1)(p + g * SCORES, v, n, dim, acc + g * dim); break;
+        case 2: FN(values2)(p + g * SCORES, v, n, dim, acc + g * dim); break;
+        case 3: FN(values3)(p + g * SCORES, v, n, dim, acc + g * dim); break;
+        default: FN(values4)(p + g * SCORES, v, n, dim, acc + g * dim);
+        }
+}
+
+/* acc[head][dim] = sum of p[head][t - from] * v[t] over the keys. */
+INLINE void FN(values)(const FN(walk) * w, int64_t group, const float *p, int64_t dim, float *acc) {
+    const pages *pg = w->pages;
+    int64_t row_bytes = dim * (int64_t)sizeof(FN(store)), tile = pg->size * row_bytes, run = w->heads * tile;
+    memset(acc, 0, (size_t)(w->heads * group * dim) * 4);
+    for (int64_t t = w->from, end; t < w->to; t = end) {
+        end = min_of(w->to, (t / pg->size + 1) * pg->size);
+        const char *base = key_at(pg, t) + pg->values_at, *block = base - t % pg->size * row_bytes;
+        const char *next = end < w->to ? key_at(pg, end) + pg->values_at : block;
+        for (int64_t head = 0; head < w->heads; head++) {
+            const char *row = base + head * tile;
+            ask_ahead(row, (end - t) * row_bytes, block + run, next);
+            FN(values_of_head)(group, p + head * group * SCORES + t - w->from, (const FN(store) *)row, end - t, dim,
+                               acc + head * group * dim);
         }
     }
 }
 
-/* Scores of keys from..to, softmax numerators in their place; the largest score and the sum of each head. */
-static void FN(weigh)(int64_t heads, const FN(act) * q, const pages *pg, int64_t from, int64_t to, int64_t dim,
-                      double scale, float *p, float *top, float *sum) {
-    for (int64_t t = from; t < to; t += 16) {
-        const FN(store) *k[16];
-        for (int64_t j = 0; j < 16; j++) k[j] = (const FN(store) *)key_at(pg, min_of(t + j, to - 1));
-        for (int64_t h = 0; h < heads; h++) {
-            float *s = p + h * SPAN + t - from;
-            if (dim == 128) FN(dot16)(q + h * 128, k, 128, s);
-            else if (dim == 64) FN(dot16)(q + h * 64, k, 64, s);
-            else FN(dot16)(q + h * dim, k, dim, s);
-        }
+/* Softmax numerators in place of the n scores of one head; its largest score and their sum. */
+static void FN(numerators)(float *s, int64_t n, float scale, float *top, float *sum) {
+    int64_t whole = (n + 15) / 16 * 16;
+    for (int64_t i = n; i < whole; i++) s[i] = -INFINITY;
+    vf best = splat(-INFINITY), total = {0};
+    for (int64_t i = 0; i < whole; i += LANES) best = vmax(best, vload(s + i));
+    float largest = max_lanes(best) * scale;
+    for (int64_t i = 0; i < whole; i += LANES) {
+        vf e = vexp(vload(s + i) * scale - largest);
+        vstore(s + i, e);
+        total += e;
     }
-    int64_t n = to - from, whole = (n + 15) / 16 * 16;
-    for (int64_t h = 0; h < heads; h++) {
-        float *s = p + h * SPAN;
-        for (int64_t i = n; i < whole; i++) s[i] = -INFINITY;
-        vf best = splat(-INFINITY), total = {0};
-        for (int64_t i = 0; i < whole; i += LANES) best = vmax(best, vload(s + i));
-        float largest = max_lanes(best) * (float)scale;
-        for (int64_t i = 0; i < whole; i += LANES) {
-            vf e = vexp(vload(s + i) * (float)scale - largest);
-            vstore(s + i, e);
-            total += e;
-        }
-        top[h] = largest;
-        sum[h] = sum_lanes(total);
-    }
+    *top = largest;
+    *sum = sum_lanes(total);
 }
 
-/* Bytes of one decode item's scratch: scores, sums of values. */
-static int64_t FN(decode_scratch)(const kvb_heads *h) {
-    int64_t group = h->num_heads / h->num_kv_heads;
-    return group * (SPAN + h->head_dim + 4 * LANES) * 4;
+/* One part of a decode row: all query heads of a range of KV heads. With a constant `dim` the loops unroll. */
+INLINE void FN(part_of_dim)(const FN(walk) * w, int64_t group, const FN(act) * q, int64_t dim, float scale, float *p,
+                            float *acc, float *top, float *sum) {
+    FN(score)(w, group, q, dim, p);
+    for (int64_t h = 0; h < w->heads * group; h++)
+        FN(numerators)(p + h * SCORES, w->to - w->from, scale, top + h, sum + h);
+    FN(values)(w, group, p, dim, acc);
 }
+
+static void FN(part)(const FN(walk) * w, int64_t group, const FN(act) * q, int64_t dim, float scale, float *p,
+                     float *acc, float *top, float *sum) {
+    if (dim == 128) FN(part_of_dim)(w, group, q, 128, scale, p, acc, top, sum);
+    else if (dim == 64) FN(part_of_dim)(w, group, q, 64, scale, p, acc, top, sum);
+    else FN(part_of_dim)(w, group, q, dim, scale, p, acc, top, sum);
+}
+
+/* Bytes of one decode item's scratch: scores, sums of values, tops, sums. */
+static int64_t FN(decode_scratch)(const kvb_heads *h) { return h->num_heads * (SCORES + h->head_dim + 2) * 4; }
 
 /* A part's result before it is joined with the others: top, sum, then head_dim values, for each query head. */
 INLINE float *FN(part_at)(float *parts, const kvb_heads *h, const kvb_batch *b, int64_t seq, int64_t part, int64_t head) {
     return parts + ((seq * max_parts(b) + part) * h->num_heads + head) * (h->head_dim + 2);
 }
 
-static void FN(decode_item)(const kvb_heads *h, const kvb_batch *b, const FN(act) * q, FN(act) * out, float *parts,
-                            int64_t item, char *scratch) {
-    int64_t all = max_parts(b), group = h->num_heads / h->num_kv_heads, dim = h->head_dim;
-    int64_t part = item % all, kv_head = item / all % h->num_kv_heads, seq = item / all / h->num_kv_heads;
-    int64_t context = b->context_lens[seq], seen = h->window ? max_of(0, context - h->window) : 0;
-    int64_t from = max_of(part * SPAN, seen), to = min_of((part + 1) * SPAN, context), first = kv_head * group;
-    float top[group], sum[group], *p = (float *)scratch, *acc = p + group * SPAN;
-    if (from >= to) {
-        if (all > 1)
-            for (int64_t i = 0; i < group; i++) FN(part_at)(parts, h, b, seq, part, first + i)[1] = 0;
-        return;
+INLINE void FN(put_scaled)(FN(act) * y, const float *x, float scale, int64_t dim) {
+    int64_t whole = dim / LANES * LANES;
+    for (int64_t d = 0; d < whole; d += LANES) FN(put_act)(y + d, vload(x + d) * scale);
+    if (whole < dim) {
+        float rest[LANES] = {0};
+        memcpy(rest, x + whole, (size_t)(dim - whole) * 4);
+        FN(put_act_n)(y + whole, vload(rest) * scale, dim - whole);
     }
-    pages pg = pages_of(h, b, seq, kv_head, sizeof(FN(store)));
-    FN(weigh)(group, q + (seq * h->num_heads + first) * dim, &pg, from, to, dim, h->scale, p, top, sum);
-    FN(values)(group, p, &pg, from, to, dim, acc);
-    for (int64_t i = 0; i < group; i++) {
-        float *mine = acc + i * (dim + 4 * LANES);
-        if (all > 1) {
-            float *result = FN(part_at)(parts, h, b, seq, part, first + i);
-            result[0] = top[i];
-            result[1] = sum[i];
-            memcpy(result + 2, mine, (size_t)dim * 4);
+}
+
+/* Item (sequence, part, range): `ranges` cut the KV heads. */
+static void FN(decode_item)(const kvb_heads *h, const kvb_batch *b, const FN(act) * q, FN(act) * out, float *parts,
+                            int64_t item, int64_t ranges, char *scratch) {
+    int64_t all = max_parts(b), group = h->num_heads / h->num_kv_heads, dim = h->head_dim;
+    int64_t range = item % ranges, part = item / ranges % all, seq = item / ranges / all;
+    int64_t first = h->num_kv_heads * range / ranges, last = h->num_kv_heads * (range + 1) / ranges;
+    int64_t context = b->context_lens[seq], seen = h->window ? max_of(0, context - h->window) : 0;
+    int64_t heads = (last - first) * group, head = first * group;
+    float *p = (float *)scratch, *acc = p + heads * SCORES, *top = acc + heads * dim, *sum = top + heads;
+    pages pg = pages_of(h, b, seq, first, sizeof(FN(store)));
+    FN(walk) w = {&pg, last - first, max_of(part * SPAN, seen), min_of((part + 1) * SPAN, context)};
+    if (w.from < w.to) FN(part)(&w, group, q + (seq * h->num_heads + head) * dim, dim, (float)h->scale, p, acc, top, sum);
+    for (int64_t i = 0; i < heads; i++) {
+        if (all == 1) {
+            FN(put_scaled)(out + (seq * h->num_heads + head + i) * dim, acc + i * dim, 1.0f / sum[i], dim);
             continue;
         }
-        FN(act) *y = out + (seq * h->num_heads + first + i) * dim;
-        float inverse = 1.0f / sum[i];
-        int64_t whole = dim / LANES * LANES;
-        for (int64_t d = 0; d < whole; d += LANES) FN(put_act)(y + d, vload(mine + d) * inverse);
-        if (whole < dim) FN(put_act_n)(y + whole, vload(mine + whole) * inverse, dim - whole);
+        float *result = FN(part_at)(parts, h, b, seq, part, head + i);
+        result[1] = 0;
+        if (w.from >= w.to) continue;
+        result[0] = top[i];
+        result[1] = sum[i];
+        memcpy(result + 2, acc + i * dim, (size_t)dim * 4);
     }
 }
 
@@ -205,7 +265,7 @@ static void FN(join_item)(const kvb_heads *h, const kvb_batch *b, FN(act) * out,
         float *part = FN(part_at)(parts, h, b, seq, i, head);
         if (part[1] > 0 && part[0] > top) top = part[0];
     }
-    float values[dim + LANES];
+    float values[dim];
     for (int64_t d = 0; d < dim; d++) values[d] = 0;
     for (int64_t i = 0; i < all; i++) {
         float *part = FN(part_at)(parts, h, b, seq, i, head);
@@ -214,12 +274,7 @@ static void FN(join_item)(const kvb_heads *h, const kvb_batch *b, FN(act) * out,
         sum += weight * part[1];
         for (int64_t d = 0; d < dim; d++) values[d] += weight * part[2 + d];
     }
-    FN(act) *y = out + (seq * h->num_heads + head) * dim;
-    for (int64_t d = 0; d < dim; d += LANES) {
-        vf v = vload(values + d) * (1.0f / sum);
-        if (dim - d >= LANES) FN(put_act)(y + d, v);
-        else FN(put_act_n)(y + d, v, dim - d);
-    }
+    FN(put_scaled)(out + (seq * h->num_heads + head) * dim, values, 1.0f / sum, dim);
 }
 
 /* ---- prefill ---- */
@@ -289,7 +344,7 @@ static void FN(tile_span)(const kvb_heads *h, FN(prefill_work) * w, int64_t rows
     for (int64_t p = low; p < high; p++)
         for (int64_t r = 0; r < rows; r += TILE_ROWS)
             FN(tile)(min_of(TILE_ROWS, rows - r), w->rows + r * dim, dim, w->keys + p * key_panel, dim,
-                     w->scores + (p * TILE_Q + r) * PANEL, 0);
+                     w->scores + (p * TILE_Q + r) * PANEL, 0, (const char *)w->keys, 0);
     for (int64_t r = 0; r < rows; r++) {
         int64_t end = min_of(to, position[r] + 1) - from, start = h->window ? position[r] + 1 - h->window - from : 0;
         vf best = splat(-INFINITY), total = {0};
@@ -325,7 +380,7 @@ static void FN(tile_span)(const kvb_heads *h, FN(prefill_work) * w, int64_t rows
             int64_t some = min_of(TILE_ROWS, rows - r);
             FN(tile)(some, w->weights + r * SPAN + low * PANEL, SPAN,
                      w->values + d / PANEL * value_panel + low * PANEL * PANEL, (high - low) * PANEL,
-                     acc + r * wide + d * some, 1);
+                     acc + r * wide + d * some, 1, (const char *)w->values, 0);
         }
 }
 
@@ -381,7 +436,9 @@ static int64_t FN(attention_bytes)(const kvb_heads *h, const kvb_batch *b, int64
 /* q and out [num_tokens, num_heads, head_dim]. The K and V of the step are in the pool. Ends with a wait where parts
  * are joined; the caller waits otherwise. */
 static void FN(attend)(member *me, const kvb_heads *h, const kvb_batch *b, const FN(act) * q, FN(act) * out, char *work) {
-    int64_t decodes = b->num_decodes * h->num_kv_heads * max_parts(b), prefills = 0;
+    int64_t ranges = 1, prefills = 0; /* cut heads only where there are too few rows to share out */
+    while (ranges < h->num_kv_heads && b->num_decodes * max_parts(b) * ranges < 4 * me->size && me->size > 1) ranges++;
+    int64_t decodes = b->num_decodes * max_parts(b) * ranges;
     for (int64_t i = b->num_decodes; i < b->num_seqs; i++) prefills += query_blocks(b, i) * h->num_kv_heads;
     char *scratch = work + me->id * FN(item_bytes)(h);
     float *parts = (float *)(work + me->size * FN(item_bytes)(h));
@@ -395,7 +452,7 @@ static void FN(attend)(member *me, const kvb_heads *h, const kvb_batch *b, const
     }
     s = share_of(me, decodes, decodes / (8 * me->size));
     for (int64_t from, to; share_take(&s, &from, &to);)
-        for (int64_t item = from; item < to; item++) FN(decode_item)(h, b, q, out, parts, item, scratch);
+        for (int64_t item = from; item < to; item++) FN(decode_item)(h, b, q, out, parts, item, ranges, scratch);
     if (max_parts(b) > 1 && b->num_decodes) {
         team_wait(me);
         s = share_of(me, b->num_decodes * h->num_heads, 4);

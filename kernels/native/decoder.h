@@ -3,6 +3,21 @@
  *   norm -> qkv -> head norms, rope, KV write -> attention -> out + residual -> norm -> gate_up, SwiGLU -> down + residual
  */
 
+#ifndef KVB_DECODER_ONCE
+#define KVB_DECODER_ONCE
+#include <time.h>
+
+/* Adds the time since the last call to a phase; KVB_PHASES only starts the clock. */
+static void count_phase(member *me, const kvb_batch *b, int phase) {
+    if (!b->seconds || me->id) return;
+    struct timespec t;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    double now = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    if (phase < KVB_PHASES) b->seconds[phase] += now - me->clock;
+    me->clock = now;
+}
+#endif
+
 typedef struct {
     FN(store) * residual; /* [tokens][hidden] */
     FN(act) * normed;     /* [tokens][hidden] */
@@ -100,25 +115,36 @@ static void FN(layer)(member *me, const kvb_model *m, const kvb_batch *b, FN(buf
     int64_t q_size = m->num_heads * m->head_dim, kv_size = m->num_kv_heads * m->head_dim, n = b->num_tokens;
     kvb_heads h = FN(heads_of)(m, index);
     FN(norm_rows)(me, m, l->input_norm, w->residual, w->normed, n);
+    count_phase(me, b, KVB_NORM);
     FN(project)(me, w->normed, l->qkv, l->qkv_bias, w->qkv, n, m->hidden, q_size + 2 * kv_size, TO_STORE);
+    count_phase(me, b, KVB_QKV);
     FN(turn)(me, m, b, w, index);
+    count_phase(me, b, KVB_TURN);
     FN(attend)(me, &h, b, w->q, w->attended, w->attention);
     team_wait(me);
+    count_phase(me, b, KVB_ATTEND);
     FN(project)(me, w->attended, l->out, l->out_bias, w->residual, n, q_size, m->hidden, TO_RESIDUAL);
+    count_phase(me, b, KVB_OUT);
     FN(norm_rows)(me, m, l->post_norm, w->residual, w->normed, n);
+    count_phase(me, b, KVB_NORM);
     FN(project)(me, w->normed, l->gate_up, l->gate_up_bias, w->inner, n, m->hidden, 2 * m->intermediate, TO_SWIGLU);
+    count_phase(me, b, KVB_GATE_UP);
     FN(project)(me, w->inner, l->down, l->down_bias, w->residual, n, m->intermediate, m->hidden, TO_RESIDUAL);
+    count_phase(me, b, KVB_DOWN);
 }
 
 static void FN(forward)(member *me, const kvb_model *m, const kvb_batch *b, const int64_t *ids, FN(store) * hidden, char *work) {
     FN(buffers) w;
     FN(carve)(m, b->num_tokens, work, &w);
+    count_phase(me, b, KVB_PHASES);
     FN(embed_rows)(me, m, ids, w.residual, b->num_tokens);
+    count_phase(me, b, KVB_EMBED);
     for (int64_t i = 0; i < m->num_layers; i++) FN(layer)(me, m, b, &w, i);
     share s = share_of(me, b->num_tokens, 4);
     for (int64_t from, to; share_take(&s, &from, &to);)
         for (int64_t i = from; i < to; i++)
             FN(norm)(w.residual + i * m->hidden, m->norm, hidden + i * m->hidden, m->hidden, m->norm_eps);
+    count_phase(me, b, KVB_NORM);
 }
 
 /* x [rows, in] in storage type -> y; `work` holds rows * in floats where the types differ. */

@@ -12,6 +12,7 @@
 #include "team.h"
 
 enum { KVB_F32 = 0, KVB_F16 = 1, KVB_BF16 = 2 };
+enum { KVB_EMBED, KVB_NORM, KVB_QKV, KVB_TURN, KVB_ATTEND, KVB_OUT, KVB_GATE_UP, KVB_DOWN, KVB_PHASES };
 
 typedef struct {
     const void *input_norm; /* [hidden] */
@@ -49,6 +50,7 @@ typedef struct {
     const int32_t *cu_seqlens;   /* [num_seqs + 1] */
     const int32_t *context_lens; /* [num_seqs] */
     void *pool;                  /* [blocks, pool_layers, 2, num_kv_heads, block_size, head_dim] */
+    double *seconds;             /* [KVB_PHASES]: CPU time of the caller's thread is added here; or NULL */
 } kvb_batch;
 
 /* Heads and pool of one attention call outside a model. */

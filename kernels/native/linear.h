@@ -20,7 +20,11 @@
 #define TILE_VECS (TILE_COLS / LANES)
 #define DEPTH 4096 /* inputs a pass: a panel's part stays in the second-level cache */
 #define ROW_BLOCK 240 /* rows whose partial sums are kept when there is more than one pass; whole tiles */
-#define AHEAD 4096 /* bytes: how far before its use a weight is asked for */
+#ifndef AHEAD
+#define AHEAD 4096 /* bytes: how far before its use a weight is asked for when it is used once */
+#endif
+/* Two cache lines a step from `ahead` on. */
+#define ASK_AHEAD __builtin_prefetch(ahead, 0, 2), __builtin_prefetch(ahead + 64, 0, 2), ahead += step;
 
 enum { TO_STORE, TO_RESIDUAL, TO_SWIGLU, TO_FLOAT };
 #endif
@@ -39,7 +43,7 @@ INLINE int64_t FN(panel_size)(int64_t in) { return PANEL * (PAIRED ? (in + 1) / 
 /* sums[rows][PANEL] (+)= x[rows][depth] times `depth` inputs of a panel. */
 #define TILE(ROWS)                                                                                                     \
     static void FN(tile##ROWS)(const FN(act) * x, int64_t x_stride, const FN(store) * w, int64_t depth, float *sums,   \
-                               int more) {                                                                             \
+                               int more, const char *ahead, int64_t step) {                                                                             \
         for (int at = 0; at < PANEL; at += TILE_COLS) {                                                                \
             vf acc[ROWS][TILE_VECS];                                                                                   \
             UNROLL for (int i = 0; i < ROWS; i++) UNROLL for (int j = 0; j < TILE_VECS; j++) acc[i][j] =               \
@@ -50,15 +54,17 @@ INLINE int64_t FN(panel_size)(int64_t in) { return PANEL * (PAIRED ? (in + 1) / 
         }                                                                                                              \
     }
 
+#undef STEP
+#define STEP ((int64_t)sizeof(FN(store)) * TILE_COLS * (PAIRED ? 2 : 1)) /* bytes of weights that a step reads */
 #undef TILE_LOOP
 #if DTYPE == 2 && defined(BF16_DOT)
 #define TILE_LOOP(ROWS)                                                                                                \
     for (int64_t k = 0; k < depth; k += 2) {                                                                           \
         const uint16_t *row = w + k * PANEL + at * 2;                                                                  \
+        ASK_AHEAD                                                                                                      \
         __m512bh b[TILE_VECS];                                                                                         \
         UNROLL for (int j = 0; j < TILE_VECS; j++) {                                                                   \
             b[j] = (__m512bh)_mm512_loadu_si512(row + j * LANES * 2);                                                  \
-            __builtin_prefetch((const char *)(row + j * LANES * 2) + AHEAD);                                           \
         }                                                                                                              \
         UNROLL for (int i = 0; i < ROWS; i++) {                                                                        \
             int32_t pair;                                                                                              \
@@ -71,12 +77,12 @@ INLINE int64_t FN(panel_size)(int64_t in) { return PANEL * (PAIRED ? (in + 1) / 
 #define TILE_LOOP(ROWS)                                                                                                \
     for (int64_t k = 0; k < depth; k += 2) {                                                                           \
         const uint16_t *row = w + k * PANEL + at * 2;                                                                  \
+        ASK_AHEAD                                                                                                      \
         vf even[TILE_VECS], odd[TILE_VECS];                                                                            \
         UNROLL for (int j = 0; j < TILE_VECS; j++) {                                                                   \
             vu both = *(const vu_any *)(row + j * LANES * 2);                                                          \
             even[j] = (vf)(both << 16);                                                                                \
             odd[j] = (vf)(both & 0xffff0000u);                                                                         \
-            __builtin_prefetch((const char *)(row + j * LANES * 2) + AHEAD);                                           \
         }                                                                                                              \
         UNROLL for (int i = 0; i < ROWS; i++) {                                                                        \
             vf a = splat(x[i * x_stride + k]), c = splat(x[i * x_stride + k + 1]);                                     \
@@ -88,10 +94,10 @@ INLINE int64_t FN(panel_size)(int64_t in) { return PANEL * (PAIRED ? (in + 1) / 
 #define TILE_LOOP(ROWS)                                                                                                \
     for (int64_t k = 0; k < depth; k++) {                                                                              \
         const FN(store) *row = w + k * PANEL + at;                                                                     \
+        ASK_AHEAD                                                                                                      \
         vf b[TILE_VECS];                                                                                               \
         UNROLL for (int j = 0; j < TILE_VECS; j++) {                                                                   \
             b[j] = FN(load)(row + j * LANES);                                                                          \
-            __builtin_prefetch((const char *)(row + j * LANES) + AHEAD);                                               \
         }                                                                                                              \
         UNROLL for (int i = 0; i < ROWS; i++) {                                                                        \
             vf a = splat(x[i * x_stride + k]);                                                                         \
@@ -117,10 +123,10 @@ TILE(12)
 #undef TILE
 
 static void FN(tile)(int64_t rows, const FN(act) * x, int64_t x_stride, const FN(store) * w, int64_t depth, float *sums,
-                     int more) {
+                     int more, const char *ahead, int64_t step) {
     switch (rows) {
 #define CASE(ROWS)                                                                                                     \
-    case ROWS: FN(tile##ROWS)(x, x_stride, w, depth, sums, more); return;
+    case ROWS: FN(tile##ROWS)(x, x_stride, w, depth, sums, more, ahead, step); return;
         CASE(1)
         CASE(2)
         CASE(3)
@@ -192,9 +198,12 @@ static void FN(panel)(const FN(product) * p, int64_t panel, int64_t first, int64
     int64_t block = p->in > DEPTH ? ROW_BLOCK : TILE_ROWS;
     int64_t tiles = (last - first + TILE_ROWS - 1) / TILE_ROWS;
     if (block == TILE_ROWS) { /* one pass: tiles of even size */
-        for (int64_t row = first; tiles; tiles--) {
+        int64_t bytes = FN(panel_size)(p->in) * (int64_t)sizeof *w;
+        const char *ahead = (const char *)w + (tiles > 1 ? bytes : AHEAD);
+        for (int64_t row = first, n = 0; tiles; tiles--, n++) {
             int64_t rows = (last - row + tiles - 1) / tiles;
-            FN(tile)(rows, p->x + row * p->x_stride, p->x_stride, w, p->in, sums, 0);
+            const char *ask = n < 2 ? ahead + n * bytes / 2 : (const char *)w;
+            FN(tile)(rows, p->x + row * p->x_stride, p->x_stride, w, p->in, sums, 0, ask, n || tiles > 1 ? STEP / 2 : STEP);
             FN(finish)(p, sums, row, rows, panel * PANEL);
             row += rows;
         }
@@ -207,7 +216,7 @@ static void FN(panel)(const FN(product) * p, int64_t panel, int64_t first, int64
             for (int64_t at = row; at < end; at += TILE_ROWS) {
                 int64_t rows = end - at < TILE_ROWS ? end - at : TILE_ROWS;
                 FN(tile)(rows, p->x + at * p->x_stride + k, p->x_stride, w + k * PANEL, depth, sums + (at - row) * PANEL,
-                         k > 0);
+                         k > 0, (const char *)(w + k * PANEL) + AHEAD, STEP);
             }
         }
         FN(finish)(p, sums, row, end - row, panel * PANEL);

@@ -62,7 +62,7 @@ static void *live(void *arg) {
     for (;;) {
         sleep_until_changed(t, epoch++);
         if (t->stop) return NULL;
-        member me = {t, id, t->size, 0};
+        member me = {t, id, t->size, 0, 0};
         t->work(&me, t->arg);
         atomic_fetch_sub_explicit(&t->busy, 1, memory_order_release);
     }
@@ -114,7 +114,7 @@ void team_run(team *t, team_work work, const void *arg) {
     for (int i = 0; i < t->used; i++) atomic_store_explicit(&t->counters[i], 0, memory_order_relaxed);
     t->work = work;
     t->arg = arg;
-    member me = {t, 0, t->size, 0};
+    member me = {t, 0, t->size, 0, 0};
     if (t->size > 1) {
         atomic_store_explicit(&t->busy, t->size - 1, memory_order_relaxed);
         wake_all(t);

@@ -19,6 +19,7 @@ typedef struct {
     team *team;
     int id, size;
     int phase; /* the next unused counter; equal in all members at the same point of the work */
+    double clock;
 } member;
 
 typedef void (*team_work)(member *me, const void *arg);
