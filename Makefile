@@ -3,7 +3,6 @@
 #   make serve        install, make a tiny model, start 1 prefill + 1 decode engine, endpoint on http://127.0.0.1:8000
 #   make test         install what the tests need and run all of them
 #   make lint         ruff and mypy only
-#   make gpu-check    check and time every kernel on this GPU (results in gpu-check/)
 #   make gpu-check    check every kernel on this machine's GPU and time its steps against the hardware's floor
 #   make clean        remove .venv, caches and the tiny model
 #
@@ -13,6 +12,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
+.DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
@@ -56,9 +56,6 @@ lint: $(VENV)/.installed-test
 
 gpu-check: $(VENV)/.installed
 	@$(BIN)/python benchmarks/gpu_check.py --out gpu_check_results $(ARGS)
-
-gpu-check: $(VENV)/.installed
-	@$(BIN)/python benchmarks/gpu_check.py --out gpu-check $(ARGS)
 
 venv: $(VENV)/.installed-test
 
