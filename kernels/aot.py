@@ -149,6 +149,14 @@ def layer_specs(model: ModelShape) -> Iterator[KernelSpec]:
     yield KernelSpec("add_rms_norm", triton_pointwise.add_rms_norm_kernel, model.dtype, rows, row.num_warps)
     silu = (("BLOCK", triton_pointwise.SILU_BLOCK),)
     yield KernelSpec("silu_mul", triton_pointwise.silu_mul_kernel, model.dtype, silu, 4)
+    yield rope_spec(model)
+    for label, src, dst in (("gather", True, False), ("scatter", False, True), ("copy", True, True)):
+        copy = (("SRC_IDS", src), ("DST_IDS", dst), ("CHUNK", triton_blocks.CHUNK))
+        yield KernelSpec(f"{label} blocks", triton_blocks.copy_blocks_kernel, model.dtype, copy, 8)
+
+
+def rope_spec(model: ModelShape) -> KernelSpec:
+    """Rotation and the write to the pool."""
     half = model.head_dim // 2
     rope = (
         ("KV_HEADS", model.kv_heads),
@@ -160,10 +168,7 @@ def layer_specs(model: ModelShape) -> Iterator[KernelSpec]:
         ("TAIL_PAD", 0),
         ("DIM_PAD", triton.next_power_of_2(model.head_dim)),
     )
-    yield KernelSpec("rope + kv write", triton_rope.rope_write_kernel, model.dtype, rope, 4, kv_dtype=model.kv_dtype)
-    for label, src, dst in (("gather", True, False), ("scatter", False, True), ("copy", True, True)):
-        copy = (("SRC_IDS", src), ("DST_IDS", dst), ("CHUNK", triton_blocks.CHUNK))
-        yield KernelSpec(f"{label} blocks", triton_blocks.copy_blocks_kernel, model.dtype, copy, 8)
+    return KernelSpec("rope + kv write", triton_rope.rope_write_kernel, model.dtype, rope, 4, kv_dtype=model.kv_dtype)
 
 
 def draw_specs() -> Iterator[KernelSpec]:
@@ -228,13 +233,16 @@ def _version(binary: Path) -> tuple[int, ...]:
 
 
 def all_specs(models: Sequence[ModelShape]) -> Iterator[KernelSpec]:
-    """Attention at every model's shape, the rest at the first one's and at the float32 one's."""
+    """Attention at every model's shape, writes where the pool's dtype is its own, the rest at the first model's shape
+    and at the float32 one's."""
     for i, model in enumerate(models):
         specs = list(attention_specs(model))
         if i == 0:
             specs += draw_specs()
         if i == 0 or model.dtype == torch.float32:
             specs += layer_specs(model)
+        elif model.kv_dtype is not None:
+            specs.append(rope_spec(model))
         for spec in specs:
             yield replace(spec, label=f"{model.label} {spec.label}")
 
