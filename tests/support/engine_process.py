@@ -6,6 +6,7 @@ Processes fork from a server that has imported everything, so that one starts in
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -224,7 +225,8 @@ def _cut(host: EngineHost, what: str) -> None:
     else:
         sockets = [s.channel.hello._sock for s in _parts(host).agent._roster.snapshot()]
     for sock in sockets:
-        sock.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # closed in this moment, since the peer's end was cut first
+            sock.shutdown(socket.SHUT_RDWR)
 
 
 def _digests(host: EngineHost, tokens: list[int]) -> dict[int, str]:

@@ -147,7 +147,12 @@ async def offered(scene: Scene) -> None:
     await _hold_decode(scene)
     victim = scene.submit(VICTIM)
     await until(lambda: scene.num_tokens(victim) == 1, "the victim has its first token")
-    assert (await scene.cluster.stats(DECODE)).load.waiting_requests == 1
+
+    async def waits() -> bool:
+        stats = await scene.cluster.stats(DECODE)
+        return stats.transfer.receiving == 1 and stats.load.waiting_requests == 1
+
+    await until_told(waits, "the whole prompt waits for room on decode")
 
 
 async def granted(scene: Scene) -> None:

@@ -18,7 +18,7 @@ from kvbaton.cluster.redis_store import RedisStore
 from kvbaton.cluster.registry import Membership
 from kvbaton.cluster.valkey import EmbeddedValkey
 from kvbaton.engine.request import Request
-from kvbaton.router.engine_info import Role
+from kvbaton.router.engine_info import EngineState, Role
 from kvbaton.router.placement import RouterConfig
 from kvbaton.router.router import Router
 from support.engine_process import SECRET, EngineOptions, EngineProcess, host_settings
@@ -119,10 +119,11 @@ class LiveCluster:
         await asyncio.to_thread(self.engines[name].start)
 
     async def until_connected(self) -> None:
-        """This client has a session to the newest generation of each engine."""
+        """This client has a session to the newest generation of each engine, and each takes requests."""
 
         def connected() -> bool:
-            found = {info.engine_id: info.generation for info in self.router.engines}
+            ready = [info for info in self.router.engines if info.state is EngineState.READY]
+            found = {info.engine_id: info.generation for info in ready}
             return found == {name: engine.settings.generation for name, engine in self.engines.items()}
 
         await until(connected, "every engine is connected")
