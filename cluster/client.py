@@ -2,6 +2,7 @@
 
     place ──> submit to both legs at once ──> outputs of both connections, put in order ──> end, or
       ^                                                                                      aclose: abort on both legs
+      ├── an engine drains, or somebody asks: a sample moves to another decode engine (`client_moves`)
       └── an engine is lost, reports an error, or a token is missing: abort the legs, resume each unfinished sample with
           what it has as `emitted`, on other engines, `max_resumes` times; with no engine at all wait `park_s` for one
 
@@ -13,16 +14,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass, field
+from dataclasses import replace
 
+from kvbaton.cluster.client_config import ClientConfig, ClientCounters
 from kvbaton.cluster.client_flight import Attempt, Flight, TokenGap, resume_request
 from kvbaton.cluster.client_links import EngineLinks
-from kvbaton.cluster.client_types import EngineLost, NoEngines, Overloaded
+from kvbaton.cluster.client_moves import ClientMoves, MoveRefused
+from kvbaton.cluster.client_types import Cancelled, DeadlineExceeded, EngineLost, NoEngines, Overloaded
 from kvbaton.cluster.registry import Membership
 from kvbaton.cluster.session_client import SessionClient, SessionLost
-from kvbaton.cluster.session_connection import SessionLimits
 from kvbaton.cluster.session_requests import check_sendable
-from kvbaton.cluster.session_types import Leg, Submit
+from kvbaton.cluster.session_types import Leg, Moved, Notice, Submit
 from kvbaton.engine.request import InvalidRequest, Request, TokenOutput
 from kvbaton.kvtransfer.messages import PeerAddress
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
@@ -32,25 +34,7 @@ from kvbaton.router.router import Router
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class ClientConfig:
-    """`max_resumes` per request; `park_s` is how long one that had begun waits for an engine when none is left."""
-
-    max_resumes: int = 3
-    park_s: float = 30.0
-    limits: SessionLimits = field(default_factory=SessionLimits)
-
-
-@dataclass(slots=True)
-class ClientCounters:
-    """What happened to requests since the start, for metrics."""
-
-    placed_pairs: int = 0
-    placed_local: int = 0
-    refused: int = 0
-    resumed: int = 0
-    lost: int = 0
-    stale_outputs: int = 0
+__all__ = ["ClientConfig", "ClientCounters", "ClusterClient"]
 
 
 class ClusterClient:
@@ -73,6 +57,8 @@ class ClusterClient:
         self._closing = False
         self._attempts: dict[str, Attempt] = {}  # by the request id that the engines know
         self._links_changed = asyncio.Event()
+        self._draining: set[str] = set()
+        self.moves = ClientMoves(self)
 
     async def start(self) -> None:
         """Follow the membership list, which the caller starts and closes; connecting goes on in the background."""
@@ -97,15 +83,41 @@ class ClusterClient:
         check_sendable(request)
         if request.request_id in self._flights:
             raise InvalidRequest(f"a request with id {request.request_id!r} is in flight")
-        flight = Flight(request)
+        if len(self._flights) >= self.config.max_in_flight:
+            self.counters.refused += 1
+            raise Overloaded(f"{len(self._flights)} requests are in flight at this ingress", 1.0)
+        timeout_s = request.timeout_s or self.config.request_timeout_s
+        flight = Flight(request if timeout_s is None else replace(request, timeout_s=timeout_s))
         self._flights[request.request_id] = flight
+        timer = None if timeout_s is None else self._start_timer(flight, timeout_s)
         try:
             self._begin(flight)
             while outputs := await flight.read():
                 yield outputs
         finally:
+            if timer is not None:
+                timer.cancel()
             del self._flights[request.request_id]
             self._abandon(flight)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request of this ingress, in whatever state it is: its stream fails with `Cancelled`. False if there is
+        no such request."""
+        flight = self._flights.get(request_id)
+        if flight is None:
+            return False
+        self._abandon(flight)
+        flight.fail(Cancelled("the request was cancelled"))
+        return True
+
+    async def migrate(self, request_id: str, sample: int, to: str) -> str:
+        """Move a sample that decodes to the engine `to`. Returns why it stayed where it was, or an empty string.
+        Raises `MoveRefused` where it cannot begin, `SessionLost`."""
+        flight = self._flights.get(request_id)
+        view = self.router.view(to)
+        if flight is None or sample not in flight.samples or view is None:
+            raise MoveRefused("no such request" if view is not None else f"no engine {to}")
+        return await asyncio.shield(self.moves.start(flight, sample, view.info).done)
 
     def finish_sample(self, request_id: str, sample: int) -> None:
         """See `GenerationClient`. Unknown ids and samples that are done are fine."""
@@ -114,6 +126,7 @@ class ClusterClient:
         if flight is None or held is None or held.done:
             return
         held.done = True
+        self.moves.call_off(flight, sample, "the sample is done")
         if held.attempt is not None:
             held.attempt.abort((sample,))
             self._sample_done(held.attempt, sample)
@@ -137,12 +150,21 @@ class ClusterClient:
 
     def connected(self, session: SessionClient, info: EngineInfo, load: EngineLoad) -> None:
         self.router.add(info)
+        self._note_draining(info)
         self.router.observe(info.engine_id, load)
         self._tell_links_changed()
 
     def changed(self, info: EngineInfo) -> None:
         self.router.add(info)
+        self._note_draining(info)
         self._tell_links_changed()
+
+    def _note_draining(self, info: EngineInfo) -> None:
+        """With its next frames its samples begin to move away."""
+        if info.state is EngineState.DRAINING:
+            self._draining.add(info.engine_id)
+        else:
+            self._draining.discard(info.engine_id)
 
     def _tell_links_changed(self) -> None:
         self._links_changed.set()
@@ -150,6 +172,7 @@ class ClusterClient:
         self._retry_parked()
 
     def removed(self, engine_id: str) -> None:
+        self._draining.discard(engine_id)
         self.router.remove(engine_id)
 
     def step(self, session: SessionClient, outputs: list[TokenOutput], load: EngineLoad) -> None:
@@ -162,6 +185,10 @@ class ClusterClient:
             if attempt is None or output.epoch != attempt.request.epoch:
                 self.counters.stale_outputs += 1
                 continue
+            if attempt.standby:
+                self.moves.output(attempt, session, output)
+                touched[id(attempt)] = attempt.flight
+                continue
             reason = self._accept(attempt, session, output)
             if reason is not None:
                 failed.append((attempt, output.sample, reason))
@@ -169,6 +196,32 @@ class ClusterClient:
         self._settle_failures(failed, session)
         for flight in touched.values():
             flight.wake()
+        if session.info.engine_id in self._draining:
+            self.moves.drain(session)
+
+    def notice(self, session: SessionClient, notice: Notice) -> None:
+        """An engine's word about a move, or its wish for one."""
+        if isinstance(notice, Moved):
+            self.moves.told(session, notice)
+            return
+        attempt = self._attempts.get(notice.request_id)
+        if attempt is None or attempt.second is not session or attempt.standby:
+            return
+        for index in sorted(attempt.unfinished):
+            self._move_if_possible(attempt, index, notice.to)
+
+    def _move_if_possible(self, attempt: Attempt, index: int, to: str) -> None:
+        source = attempt.second.info.engine_id
+        view = self.router.view(to)
+        target = view.info if view is not None else None
+        if not to:
+            target = self.router.place_move(len(attempt.request.context), source)
+        try:
+            if target is None:
+                raise MoveRefused(f"no engine {to}")
+            self.moves.start(attempt.flight, index, target)
+        except (MoveRefused, SessionLost) as error:
+            log.warning("request %s: not moved from %s: %s", attempt.request.request_id, source, error)
 
     def lost(self, session: SessionClient, reason: str) -> None:
         """Resume what depended on this engine."""
@@ -177,7 +230,8 @@ class ClusterClient:
         view = self.router.view(engine_id)
         if view is not None and view.info.generation == session.info.generation:
             self.router.unreachable(engine_id)
-        for attempt in list(self._attempts.values()):
+        self.moves.lost(session)
+        for attempt in [attempt for attempt in self._attempts.values() if not attempt.standby]:
             self._fail(attempt, attempt.needing(session), f"engine {engine_id}: {reason}", frozenset((engine_id,)))
 
     # -- the life of a flight --
@@ -200,11 +254,11 @@ class ClusterClient:
         """Send both legs. Raises `SessionLost`, with nothing noted or sent, where a session has just gone."""
         if isinstance(placement, Local):
             self.counters.placed_local += 1
-            first = second = self._session(placement.engine)
+            first = second = self.session(placement.engine)
             legs = [(first, Submit(request, Leg.LOCAL))]
         else:
             self.counters.placed_pairs += 1
-            first, second = self._session(placement.prefill), self._session(placement.decode)
+            first, second = self.session(placement.prefill), self.session(placement.decode)
             legs = [
                 (second, Submit(request, Leg.DECODE, _address(placement.prefill))),
                 (first, Submit(request, Leg.PREFILL, _address(placement.decode))),
@@ -217,7 +271,26 @@ class ClusterClient:
         for session, submit in legs:
             session.submit(submit)
 
-    def _session(self, info: EngineInfo) -> SessionClient:
+    # -- MoveHost --
+
+    @property
+    def attempts(self) -> Iterable[Attempt]:
+        return self._attempts.values()
+
+    def register(self, attempt: Attempt) -> None:
+        self._attempts[attempt.request.request_id] = attempt
+
+    def accept(self, attempt: Attempt, session: SessionClient, output: TokenOutput) -> None:
+        """An output outside of a step's batch."""
+        reason = self._accept(attempt, session, output)
+        if reason is not None:
+            self._settle_failures([(attempt, output.sample, reason)], session)
+
+    def move_elsewhere(self, attempt: Attempt, sample: int, reason: str, counted: bool) -> None:
+        attempt.flight.resumes -= not counted
+        self._fail(attempt, {sample}, reason, frozenset((attempt.second.info.engine_id,)))
+
+    def session(self, info: EngineInfo) -> SessionClient:
         session = self._links.session(info)
         if session is None:
             raise SessionLost(f"engine {info.engine_id}: no session")
@@ -238,11 +311,12 @@ class ClusterClient:
     def _sample_done(self, attempt: Attempt, sample: int) -> None:
         """With its last sample an attempt is over; a decode leg that never got to decode is told."""
         attempt.unfinished.discard(sample)
+        self.moves.call_off(attempt.flight, sample, "the sample is done")
         if attempt.unfinished:
             return
         if attempt.paired and not attempt.decoding:
             attempt.second.abort(attempt.request.request_id)
-        self._forget(attempt)
+        self.forget(attempt)
 
     def _settle_failures(self, failed: Iterable[tuple[Attempt, int, str]], session: SessionClient) -> None:
         grouped: dict[int, tuple[Attempt, set[int], str]] = {}
@@ -260,13 +334,15 @@ class ClusterClient:
         flight.resumes += 1
         flight.last_reason = reason
         log.warning("request %s: samples %s to be resumed: %s", attempt.request.request_id, sorted(samples), reason)
+        for index in samples:
+            self.moves.call_off(flight, index, reason)
         attempt.abort(None if samples == attempt.unfinished else samples)
         attempt.unfinished -= samples
         for index in samples:
             flight.samples[index].attempt = None
             flight.samples[index].early = []
         if not attempt.unfinished:
-            self._forget(attempt)
+            self.forget(attempt)
         if flight.resumes > self.config.max_resumes:
             self._give_up(flight, f"resumed {self.config.max_resumes} times")
         else:
@@ -317,12 +393,25 @@ class ClusterClient:
         if flight.deadline is not None:
             flight.deadline.cancel()
             flight.deadline = None
+        for index in flight.samples:
+            self.moves.call_off(flight, index, "the request is over")
         for attempt in flight.attempts:
             if attempt.unfinished:
                 attempt.abort()
-                self._forget(attempt)
+                self.forget(attempt)
 
-    def _forget(self, attempt: Attempt) -> None:
+    def _start_timer(self, flight: Flight, timeout_s: float) -> asyncio.TimerHandle:
+        loop = asyncio.get_running_loop()
+        flight.overdue_at = loop.time() + timeout_s
+        return loop.call_later(timeout_s, self._time_is_up, flight, timeout_s)
+
+    def _time_is_up(self, flight: Flight, timeout_s: float) -> None:
+        if not flight.over:
+            self.counters.timed_out += 1
+            self._abandon(flight)
+            flight.fail(DeadlineExceeded(f"not done within {timeout_s:g} s"))
+
+    def forget(self, attempt: Attempt) -> None:
         self._attempts.pop(attempt.request.request_id, None)
         self.router.release(attempt.booking)
         for sample in attempt.flight.samples.values():

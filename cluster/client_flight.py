@@ -36,6 +36,7 @@ class Attempt:
     booking: Booking
     unfinished: set[int]
     decoding: bool = False  # the decode leg has sent a token: the hand-off is behind us
+    standby: bool = False  # its sample is moving to it, and is still another's
 
     @property
     def base(self) -> int:
@@ -45,6 +46,10 @@ class Attempt:
     @property
     def paired(self) -> bool:
         return self.first is not self.second
+
+    def decodes(self, index: int) -> bool:
+        """Whether `second` has the prompt and makes this sample's tokens, as far as one can see from here."""
+        return self.decoding if self.paired else len(self.flight.samples[index].tokens) > self.base
 
     def needing(self, session: SessionClient) -> set[int]:
         """The samples that cannot go on without this session: once decode is at work, prefill owes at most a first
@@ -66,6 +71,18 @@ class Attempt:
                     session.abort(self.request.request_id, sample)
 
 
+@dataclass(slots=True, eq=False)
+class SampleMove:
+    """A sample on its way from `source`'s engine to `target`'s. `done`: why it failed, or an empty string."""
+
+    sample: int
+    source: Attempt
+    target: Attempt
+    done: asyncio.Future[str]
+    ahead: list[TokenOutput] = field(default_factory=list)  # the target's, which overtook the source's last ones
+    target_lost: bool = False
+
+
 @dataclass(slots=True)
 class Sample:
     """Tokens of one sample so far. `attempt` is who makes the next, None while nobody does."""
@@ -74,6 +91,9 @@ class Sample:
     done: bool = False
     attempt: Attempt | None = None
     early: list[TokenOutput] = field(default_factory=list)
+    move: SampleMove | None = None
+    move_tries: int = 0
+    retry_move_at: float = 0.0
 
     def accept(self, output: TokenOutput, ready: list[TokenOutput]) -> None:
         """Put an output in its place; append to `ready` what can be read now. Raises `TokenGap`."""
@@ -117,6 +137,7 @@ class Flight:
         self.last_reason = ""
         self.parked: list[int] = []  # samples that wait for an engine to come
         self.deadline: asyncio.TimerHandle | None = None  # for the parked ones
+        self.overdue_at: float | None = None  # on the event loop's clock
         self._ready: list[TokenOutput] = []
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
@@ -131,6 +152,12 @@ class Flight:
         """The live ones, each once."""
         found = {id(s.attempt): s.attempt for s in self.samples.values() if s.attempt is not None}
         return list(found.values())
+
+    def remaining_s(self) -> float | None:
+        """How long the request may still take."""
+        if self.overdue_at is None:
+            return None
+        return max(0.001, self.overdue_at - asyncio.get_running_loop().time())
 
     def accept(self, attempt: Attempt, session: SessionClient, output: TokenOutput) -> str | None:
         """Take one output of an attempt. Returns why the sample has to be resumed, if it has to. Raises `TokenGap`."""
@@ -193,4 +220,5 @@ def resume_request(flight: Flight, index: int) -> Request:
         sample_indices=(index,),
         emitted=tokens,
         epoch=flight.epoch,
+        timeout_s=flight.remaining_s(),
     )

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from kvbaton.cluster.session_client import SessionClient, SessionLost
 from kvbaton.cluster.session_connection import SessionLimits
+from kvbaton.cluster.session_types import Notice
 from kvbaton.engine.request import TokenOutput
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState
 
@@ -35,6 +36,8 @@ class LinkEvents(Protocol):
         ...
 
     def step(self, session: SessionClient, outputs: list[TokenOutput], load: EngineLoad) -> None: ...
+
+    def notice(self, session: SessionClient, notice: Notice) -> None: ...
 
     def lost(self, session: SessionClient, reason: str) -> None: ...
 
@@ -137,6 +140,9 @@ class _Link:
 
     def step(self, client: SessionClient, outputs: list[TokenOutput], load: EngineLoad) -> None:
         self._events.step(client, outputs, load)
+
+    def notice(self, client: SessionClient, notice: Notice) -> None:
+        self._events.notice(client, notice)
 
     def lost(self, client: SessionClient, reason: str) -> None:
         self.down.set()

@@ -28,6 +28,16 @@ class NoEngines(ServiceError):
     """No engine can take the request at present."""
 
 
+class DeadlineExceeded(ServiceError):
+    """The request took longer than it may."""
+
+
+class Cancelled(ServiceError):
+    """Somebody other than its reader cancelled the request."""
+
+    status = 499
+
+
 class EngineLost(ServiceError):
     """The request was resumed as often as allowed and failed each time."""
 

@@ -10,6 +10,7 @@ Only the step loop's thread touches sequences and blocks; the event loop and the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import dataclass, field, replace
@@ -17,11 +18,12 @@ from dataclasses import dataclass, field, replace
 from kvbaton.cluster.prefix_feed import PrefixPublisher
 from kvbaton.cluster.registry import Registration
 from kvbaton.cluster.session_server import SessionServer
-from kvbaton.cluster.session_types import Submit
-from kvbaton.cluster.step_loop import SnapshotWanted, StepCounters, StepLoop
+from kvbaton.cluster.session_types import Move, Notice, Submit
+from kvbaton.cluster.step_loop import AuditWanted, SnapshotWanted, StepCounters, StepLoop
 from kvbaton.cluster.store import Store
 from kvbaton.cluster.worker import Worker
-from kvbaton.cluster.worker_types import Abort, Submitted
+from kvbaton.cluster.worker_types import Abort, MoveAway, MoveOrder, Submitted
+from kvbaton.engine.block_owners import BlockAudit
 from kvbaton.engine.config import EngineConfig
 from kvbaton.engine.engine import Engine, configure_threads
 from kvbaton.engine.kv_manager import CacheEvent, CacheSnapshot
@@ -34,6 +36,8 @@ from kvbaton.kvtransfer.ucx import UcxTransport
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
 
 log = logging.getLogger(__name__)
+
+DRAIN_LOOK_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,8 @@ class EngineHost:
         self._store = store
         self._parts: _Parts | None = None
         self._failure: asyncio.Future[str] | None = None
+        self._stepped = asyncio.Event()
+        self._audits: list[asyncio.Future[BlockAudit]] = []
 
     async def start(self) -> EngineInfo:
         """Load the weights, listen on two free ports, register. Raises `ConfigError`, `StoreUnavailable`, `OSError`."""
@@ -94,6 +100,30 @@ class EngineHost:
             transfer=parts.agent.stats(),
             requests=len(parts.worker.tracks),
         )
+
+    async def audit(self) -> BlockAudit:
+        """Every block by its owner, as the engine thread finds it between two steps."""
+        parts = self._started()
+        answer: asyncio.Future[BlockAudit] = asyncio.get_running_loop().create_future()
+        self._audits.append(answer)
+        parts.steps.put(AuditWanted())
+        return await answer
+
+    async def migrate(self, request_id: str | None, to: str = "") -> None:
+        """Have the ingresses move a running request (None: all) to the engine `to`, or where they like. Returns at
+        once: the requests are served wherever they are, and go on here if no move succeeds."""
+        self._started().steps.put(MoveAway(request_id, to))
+
+    async def drain(self) -> None:
+        """Take nothing new, have everything that runs moved away, and return when the engine is empty. The registry
+        says DRAINING until another state is published; its ingresses act on that."""
+        parts = self._started()
+        info = replace(parts.registration.info, state=EngineState.DRAINING, reason="draining")
+        await parts.registration.update(info)
+        while not parts.worker.empty():
+            self._stepped.clear()
+            with contextlib.suppress(TimeoutError):  # an offer that nobody wanted ends without a step
+                await asyncio.wait_for(self._stepped.wait(), DRAIN_LOOK_S)
 
     async def failed(self) -> str:
         """Returns, with the reason, when the engine can serve no longer though its process lives."""
@@ -125,9 +155,22 @@ class EngineHost:
     def abort(self, session_id: int, request_id: str, sample: int | None) -> None:
         self._started().steps.put(Abort(session_id, request_id, sample))
 
+    def move(self, session_id: int, move: Move) -> None:
+        self._started().steps.put(MoveOrder(session_id, move))
+
     def session_lost(self, session_id: int) -> None:
         if self._parts is not None:
             self._parts.steps.put(Abort(session_id, None))
+
+    def stepped(self) -> None:
+        """The engine thread has published."""
+        self._stepped.set()
+
+    def audited(self, audit: BlockAudit) -> None:
+        for answer in self._audits:
+            if not answer.done():
+                answer.set_result(audit)
+        self._audits.clear()
 
     async def fail(self, reason: str) -> None:
         """The engine thread died: say so, and cut every session so that ingresses resume elsewhere at once."""
@@ -163,6 +206,12 @@ class _Publisher:
     def stepped(self, outputs: dict[int, list[TokenOutput]], load: EngineLoad) -> None:
         self._loop.call_soon_threadsafe(self._send, outputs, load)
 
+    def notices(self, notices: list[tuple[int, Notice]]) -> None:
+        self._loop.call_soon_threadsafe(self._notify, notices)
+
+    def audited(self, audit: BlockAudit) -> None:
+        self._loop.call_soon_threadsafe(self._host.audited, audit)
+
     def cached(self, events: list[CacheEvent]) -> None:
         self._loop.call_soon_threadsafe(self._prefixes.add, events)
 
@@ -172,11 +221,16 @@ class _Publisher:
     def crashed(self, error: BaseException) -> None:
         asyncio.run_coroutine_threadsafe(self._host.fail(f"{type(error).__name__}: {error}"), self._loop)
 
+    def _notify(self, notices: list[tuple[int, Notice]]) -> None:
+        for session_id, notice in notices:
+            self._sessions.notify(session_id, notice)
+
     def _send(self, outputs: dict[int, list[TokenOutput]], load: EngineLoad) -> None:
         for session_id, tokens in outputs.items():
             self._sessions.publish(session_id, tokens, load)
         if not outputs:
             self._sessions.publish_load(load)
+        self._host.stepped()
 
 
 class _EventSink:

@@ -30,6 +30,18 @@ _SERIES = (
         ),
     ),
     Series(
+        "kvbaton_engine_kv_blocks_owned",
+        "KV blocks of an engine by their one owner; the owners add up to its pool.",
+        lambda info, load: (
+            ('owner="free"', load.free_blocks),
+            ('owner="cache"', load.cached_blocks),
+            ('owner="sequence"', load.sequence_blocks),
+            ('owner="hold"', load.hold_blocks),
+            ('owner="landing"', load.landing_blocks),
+            ('owner="quarantine"', load.quarantine_blocks),
+        ),
+    ),
+    Series(
         "kvbaton_engine_kv_blocks_total", "Size of the KV pool in blocks.", lambda info, load: (("", info.num_blocks),)
     ),
     Series(

@@ -10,10 +10,9 @@ import asyncio
 from typing import Protocol
 
 from kvbaton.cluster.session_connection import FramedConnection, SessionLimits
-from kvbaton.cluster.session_fields import WireError
 from kvbaton.cluster.session_handshake import IngressHandshake
-from kvbaton.cluster.session_types import Submit
-from kvbaton.cluster.session_wire import STEP, Encoder, decode_step, unpack
+from kvbaton.cluster.session_types import Move, Notice, Submit
+from kvbaton.cluster.session_wire import STEP, Encoder, decode_notice, decode_step, unpack
 from kvbaton.engine.request import TokenOutput
 from kvbaton.router.engine_info import EngineInfo, EngineLoad
 
@@ -27,6 +26,10 @@ class SessionEvents(Protocol):
 
     def step(self, client: SessionClient, outputs: list[TokenOutput], load: EngineLoad) -> None:
         """One engine step: every token for this ingress (maybe none) and the engine's load."""
+        ...
+
+    def notice(self, client: SessionClient, notice: Notice) -> None:
+        """Something about a move; the tokens that the engine made before have been told."""
         ...
 
     def lost(self, client: SessionClient, reason: str) -> None:
@@ -88,6 +91,11 @@ class SessionClient:
         if self._connection is not None:
             self._connection.send(self._encoder.abort(request_id, sample))
 
+    def move(self, move: Move) -> None:
+        """Have a sample moved, or stop that. Without a session nothing is sent: its loss tells the owner anyway."""
+        if self._connection is not None:
+            self._connection.send(self._encoder.move(move))
+
     def drop(self, reason: str) -> None:
         """End the session at once; `lost` follows with this reason."""
         if self._connection is not None:
@@ -113,7 +121,8 @@ class SessionClient:
             return
         kind, fields = unpack(frame)
         if kind != STEP:
-            raise WireError(f"message kind {kind} is not for an ingress")
+            self._events.notice(self, decode_notice(kind, fields))
+            return
         outputs, load = decode_step(fields)
         self._events.step(self, outputs, load)
 

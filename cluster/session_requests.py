@@ -15,6 +15,7 @@ from kvbaton.kvtransfer.messages import PeerAddress
 MAX_ID_CHARS = 256
 MAX_SALT_CHARS = 4096
 MAX_LIST = 1 << 16
+MAX_TIMEOUT_S = 7 * 86400.0
 RESUME_SUFFIX_CHARS = 32  # what a resume may add to a request id
 
 _LEGS = tuple(Leg)
@@ -31,6 +32,8 @@ def check_sendable(request: Request) -> None:
         entries = len(getattr(request.sampling, name))
         if entries > MAX_LIST:
             raise InvalidRequest(f"{name} has {entries} entries; at most {MAX_LIST} are allowed", name)
+    if request.timeout_s is not None and not 0 < request.timeout_s <= MAX_TIMEOUT_S:
+        raise InvalidRequest(f"timeout must be above 0 and at most {MAX_TIMEOUT_S:g} seconds", "timeout")
     context = request.context
     if context and not 0 <= min(context) <= max(context) < 1 << 32:
         raise InvalidRequest("token ids must be integers in [0, 4294967296)", "prompt")
@@ -56,9 +59,9 @@ def submit_fields(submit: Submit) -> list[object]:
         _token_bytes(request.emitted),
         request.epoch,
         request.cache_salt,
+        request.timeout_s,
     )
-    wire_peer = None if peer is None else (peer.engine_id, peer.generation, peer.host, peer.port)
-    return [_LEGS.index(submit.leg), wire_peer, wire_request]
+    return [_LEGS.index(submit.leg), None if peer is None else peer_fields(peer), wire_request]
 
 
 def decode_submit(fields: list[Any]) -> Submit:
@@ -67,7 +70,7 @@ def decode_submit(fields: list[Any]) -> Submit:
     return Submit(
         request=_decode_request(request),
         leg=_LEGS[index_below("leg", leg, len(_LEGS))],
-        peer=None if peer is None else _decode_peer(peer),
+        peer=None if peer is None else decode_peer(peer),
     )
 
 
@@ -78,7 +81,7 @@ def decode_abort(fields: list[Any]) -> tuple[str, int | None]:
 
 
 def _decode_request(fields: object) -> Request:
-    request_id, prompt, sampling, samples, emitted, epoch, salt = sized("request", fields, 7)
+    request_id, prompt, sampling, samples, emitted, epoch, salt, timeout_s = sized("request", fields, 8)
     if type(samples) is not list or not samples:
         raise WireError("sample indices must be a list of at least one")
     return Request(
@@ -89,10 +92,15 @@ def _decode_request(fields: object) -> Request:
         emitted=_tokens("emitted", emitted),
         epoch=natural("epoch", epoch),
         cache_salt=text("cache_salt", salt, MAX_SALT_CHARS),
+        timeout_s=None if timeout_s is None else number("timeout", timeout_s),
     )
 
 
-def _decode_peer(fields: object) -> PeerAddress:
+def peer_fields(peer: PeerAddress) -> list[object]:
+    return [peer.engine_id, peer.generation, peer.host, peer.port]
+
+
+def decode_peer(fields: object) -> PeerAddress:
     engine_id, generation, host, port = sized("peer", fields, 4)
     return PeerAddress(
         text("peer engine id", engine_id, MAX_ID_CHARS),

@@ -17,9 +17,10 @@ import logging
 from kvbaton.cluster.session_connection import FramedConnection, SessionLimits
 from kvbaton.cluster.session_fields import WireError
 from kvbaton.cluster.session_handshake import EngineHandshake, HandshakeRefused
+from kvbaton.cluster.session_moves import decode_move
 from kvbaton.cluster.session_requests import decode_abort, decode_submit
-from kvbaton.cluster.session_types import SessionHandler, Submit, refused_outputs
-from kvbaton.cluster.session_wire import ABORT, BEAT, REFUSED, SUBMIT, WELCOME, Encoder, load_fields, unpack
+from kvbaton.cluster.session_types import Notice, SessionHandler, Submit, refused_outputs
+from kvbaton.cluster.session_wire import ABORT, BEAT, MOVE, REFUSED, SUBMIT, WELCOME, Encoder, load_fields, unpack
 from kvbaton.engine.request import TokenOutput
 from kvbaton.router.engine_info import EngineLoad
 
@@ -69,6 +70,12 @@ class SessionServer:
         session = self._sessions.get(session_id)
         if session is not None:
             session.connection.send(self.encoder.step(outputs, load))
+
+    def notify(self, session_id: int, notice: Notice) -> None:
+        """Tell one ingress about a move, after what was published before."""
+        session = self._sessions.get(session_id)
+        if session is not None:
+            session.connection.send(self.encoder.notice(notice))
 
     def publish_load(self, load: EngineLoad) -> None:
         """Tell every ingress how busy the engine is; done once a beat with the last known load in any case."""
@@ -133,6 +140,8 @@ class _Session:
             self._submit(decode_submit(fields))
         elif kind == ABORT:
             self._server.handler.abort(self.session_id, *decode_abort(fields))
+        elif kind == MOVE:
+            self._server.handler.move(self.session_id, decode_move(fields))
         elif kind != BEAT:
             raise WireError(f"message kind {kind} is not for an engine")
 

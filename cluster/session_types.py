@@ -15,11 +15,13 @@ from kvbaton.kvtransfer.messages import PeerAddress
 
 
 class Leg(enum.StrEnum):
-    """What one engine does for a request. LOCAL: prefill and decode here, no transfer."""
+    """What one engine does for a request. LOCAL: prefill and decode here, no transfer. MOVE: go on with a sample that
+    decodes on the peer, with the KV that the peer sends."""
 
     PREFILL = "prefill"
     DECODE = "decode"
     LOCAL = "local"
+    MOVE = "move"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,41 @@ class Submit:
     peer: PeerAddress | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Hand one decoding sample over to the engine `to`, which has a MOVE leg named (`new_id`, `new_epoch`) whose prompt
+    and emitted tokens are `context_tokens`. `to` None: stop the move that goes to that leg, and decode on."""
+
+    request_id: str
+    sample: int
+    to: PeerAddress | None
+    new_id: str
+    new_epoch: int
+    context_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """How a move ended at its source. With `moved` the sample goes on at the target, all of its tokens up to there were
+    sent before; without, it goes on here, for `reason`."""
+
+    new_id: str
+    new_epoch: int
+    moved: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MoveWanted:
+    """The engine asks the ingress to move a request (every sample of it) to engine `to`, or wherever it likes ("")."""
+
+    request_id: str
+    to: str = ""
+
+
+Notice = Moved | MoveWanted
+
+
 class SessionHandler(Protocol):
     """The engine's side of a session server. Called on the event loop; must not block."""
 
@@ -38,6 +75,10 @@ class SessionHandler(Protocol):
 
     def abort(self, session_id: int, request_id: str, sample: int | None) -> None:
         """Stop a request (or one sample of it) and release all it holds. Unknown ids are ignored."""
+        ...
+
+    def move(self, session_id: int, move: Move) -> None:
+        """Answered by a `Moved`, unless the sample ends before."""
         ...
 
     def session_lost(self, session_id: int) -> None:

@@ -3,8 +3,9 @@
     frame     4 bytes big-endian length, then that many bytes of msgpack
     message   [kind, ...], lists and scalars only: a map or an extension type is refused
 
-After the handshake (`session_handshake`) the ingress sends SUBMIT, ABORT and BEAT; the engine sends STEP: its load and
-a row for each token. A plain token is a row of five values; more (logprobs, finish, error ...) makes it a row of ten.
+After the handshake (`session_handshake`) the ingress sends SUBMIT, ABORT, MOVE and BEAT; the engine sends MOVED,
+MOVE_WANTED and STEP: its load and a row for each token. A plain token is a row of five values; more (logprobs, finish,
+error ...) makes it a row of ten.
 What does not decode to exactly the dataclasses of `session_types` raises `WireError` and costs its sender the session.
 """
 
@@ -18,15 +19,17 @@ from typing import Any
 import msgpack
 
 from kvbaton.cluster.session_fields import WireError, index_below, natural, number, text
+from kvbaton.cluster.session_moves import decode_moved, decode_wanted, move_fields, moved_fields, wanted_fields
 from kvbaton.cluster.session_requests import submit_fields
-from kvbaton.cluster.session_types import Submit
+from kvbaton.cluster.session_types import Move, Moved, MoveWanted, Notice, Submit
 from kvbaton.engine.request import MAX_SAMPLES, FinishReason, TokenLogprobs, TokenOutput
 from kvbaton.router.engine_info import EngineLoad
 
-# 1: first version. Any change to the order or number of positional fields raises it.
-PROTOCOL_VERSION = 1
+# 1: first version. 2: moves, a request's time limit, blocks by owner.
+# Any change to the order or number of positional fields raises it.
+PROTOCOL_VERSION = 2
 
-HELLO, CHALLENGE, PROOF, WELCOME, REFUSED, SUBMIT, ABORT, BEAT, STEP = range(9)
+HELLO, CHALLENGE, PROOF, WELCOME, REFUSED, SUBMIT, ABORT, BEAT, STEP, MOVE, MOVED, MOVE_WANTED = range(12)
 
 HEADER = struct.Struct(">I")
 MAX_ERROR_CHARS = 4096
@@ -97,6 +100,14 @@ class Encoder:
     def abort(self, request_id: str, sample: int | None) -> bytes:
         return self.message(ABORT, request_id, sample)
 
+    def move(self, move: Move) -> bytes:
+        return self.message(MOVE, *move_fields(move))
+
+    def notice(self, notice: Notice) -> bytes:
+        if isinstance(notice, Moved):
+            return self.message(MOVED, *moved_fields(notice))
+        return self.message(MOVE_WANTED, *wanted_fields(notice))
+
     def beat(self) -> bytes:
         return self.message(BEAT)
 
@@ -126,6 +137,15 @@ def decode_load(fields: object) -> EngineLoad:
         if (type(value) is not int and type(value) is not float) or not value >= 0:
             raise WireError(f"load.{name} must be a number >= 0, got {value!r:.40}")
     return EngineLoad(*fields)
+
+
+def decode_notice(kind: int, fields: list[Any]) -> Moved | MoveWanted:
+    """What an engine says besides its steps. Raises `WireError` for a kind that is for engines."""
+    if kind == MOVED:
+        return decode_moved(fields)
+    if kind == MOVE_WANTED:
+        return decode_wanted(fields)
+    raise WireError(f"message kind {kind} is not for an ingress")
 
 
 def decode_step(fields: list[Any]) -> tuple[list[TokenOutput], EngineLoad]:

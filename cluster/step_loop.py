@@ -14,8 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvbaton.cluster.session_types import Notice
 from kvbaton.cluster.worker import Worker
 from kvbaton.cluster.worker_types import Item
+from kvbaton.engine.block_owners import BlockAudit
 from kvbaton.engine.kv_manager import CacheEvent, CacheSnapshot
 from kvbaton.engine.request import TokenOutput
 from kvbaton.router.engine_info import EngineLoad
@@ -29,6 +31,12 @@ class StepSink(Protocol):
     """Where the engine thread leaves what others should know. Called on that thread; must not block."""
 
     def stepped(self, outputs: dict[int, list[TokenOutput]], load: EngineLoad) -> None: ...
+
+    def notices(self, notices: list[tuple[int, Notice]]) -> None:
+        """About moves, by session; what `stepped` was told before is older."""
+        ...
+
+    def audited(self, audit: BlockAudit) -> None: ...
 
     def cached(self, events: list[CacheEvent]) -> None: ...
 
@@ -45,6 +53,11 @@ class _Stop:
 @dataclass(frozen=True, slots=True)
 class SnapshotWanted:
     """Put into the inbox to get `StepSink.snapshot`."""
+
+
+@dataclass(frozen=True, slots=True)
+class AuditWanted:
+    """Put into the inbox to get `StepSink.audited`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +79,7 @@ class StepLoop:
         self._worker = worker
         self._sink = sink
         self._clock = clock
-        self._inbox: queue.SimpleQueue[Item | SnapshotWanted | _Stop] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Item | SnapshotWanted | AuditWanted | _Stop] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
         self._stopping = False
         self._ran = False
@@ -77,7 +90,7 @@ class StepLoop:
     def start(self) -> None:
         self._thread.start()
 
-    def put(self, item: Item | SnapshotWanted) -> None:
+    def put(self, item: Item | SnapshotWanted | AuditWanted) -> None:
         """Thread-safe; the item is applied before the next step."""
         self._inbox.put(item)
 
@@ -110,6 +123,8 @@ class StepLoop:
         if outputs or load != self.load:
             self.load = load
             self._sink.stepped(outputs, load)
+        if notices := self._worker.outbox.take_notices():
+            self._sink.notices(notices)
         if events := self._worker.drain_cache_events():
             self._sink.cached(events)
         self.last_turn_s = started
@@ -123,6 +138,8 @@ class StepLoop:
                     return
                 if isinstance(item, SnapshotWanted):
                     self._sink.snapshot(self._worker.cache_snapshot())
+                elif isinstance(item, AuditWanted):
+                    self._sink.audited(self._worker.audit())
                 else:
                     self._worker.handle(item, self._clock())
                 item = self._inbox.get_nowait()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvbaton.cluster.session_types import Leg, Submit
@@ -21,6 +24,7 @@ class Track:
     live: dict[int, Sequence] = field(default_factory=dict)
     dropped: set[int] = field(default_factory=set)  # samples aborted before they were live here
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    overdue_at_s: float = math.inf
 
     @property
     def request(self) -> Request:
@@ -40,6 +44,10 @@ class Tracks:
 
     def __init__(self) -> None:
         self._by_key: dict[HandoffKey, Track] = {}
+        self._deadlines: list[tuple[float, str, int]] = []  # a heap; may name requests that are gone
+
+    def __iter__(self) -> Iterator[Track]:
+        return iter(self._by_key.values())
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -49,6 +57,18 @@ class Tracks:
 
     def add(self, track: Track) -> None:
         self._by_key[track.key] = track
+        if track.overdue_at_s < math.inf:
+            heapq.heappush(self._deadlines, (track.overdue_at_s, track.key.request_id, track.key.epoch))
+
+    def overdue(self, now: float) -> list[Track]:
+        """Tracks whose time is up, each once."""
+        late: list[Track] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id, epoch = heapq.heappop(self._deadlines)
+            track = self.get(HandoffKey(request_id, epoch))
+            if track is not None and track.overdue_at_s <= now:
+                late.append(track)
+        return late
 
     def get(self, key: HandoffKey) -> Track | None:
         return self._by_key.get(key)
@@ -61,6 +81,10 @@ class Tracks:
 
     def of_session(self, session_id: int) -> list[Track]:
         return [track for track in self._by_key.values() if track.session_id == session_id]
+
+    def named(self, request_id: str | None) -> list[Track]:
+        """All tracks of a request id, whoever submitted it; all there are for None."""
+        return [t for t in self if request_id is None or t.request.request_id == request_id]
 
     def of_request(self, session_id: int, request_id: str) -> list[Track]:
         """All epochs of a request that one session submitted here (normally one)."""

@@ -6,31 +6,40 @@ in one forward pass; the role only decides what the router sends here, so switch
     LOCAL leg     prefill queue -> running here
     PREFILL leg   prefill queue -> first token to the ingress, KV held for the peer -> ack
     DECODE leg    landing -> running here
+    MOVE leg      landing of a copy, then of the rest -> running here; at its source it is a `Moves` entry
 """
 
 from __future__ import annotations
 
 import time
 
-from kvbaton.cluster.session_types import Leg, refused_outputs
+from kvbaton.cluster.arrivals import Arrivals, branch
+from kvbaton.cluster.block_audit import audit_blocks
+from kvbaton.cluster.moves import Moves, OutgoingMove
+from kvbaton.cluster.outbox import Outbox
+from kvbaton.cluster.session_types import Leg, Move, Moved, MoveWanted
+from kvbaton.cluster.submit_check import SubmitCheck
 from kvbaton.cluster.tracks import Track, Tracks
-from kvbaton.cluster.worker_types import Abort, Item, StepEngine, Submitted
+from kvbaton.cluster.worker_load import engine_load
+from kvbaton.cluster.worker_types import Abort, Item, MoveAway, MoveOrder, StepEngine, Submitted
 from kvbaton.decode_worker.landings import Landings
 from kvbaton.decode_worker.scheduler import DecodeScheduler
 from kvbaton.engine.batch import SampledToken, ScheduledRow
+from kvbaton.engine.block_owners import BlockAudit, BlockOwners, Owner
 from kvbaton.engine.config import BatchConfig
-from kvbaton.engine.first_tokens import decode_first_tokens, encode_first_tokens
+from kvbaton.engine.first_tokens import encode_first_tokens
 from kvbaton.engine.kv_manager import CacheEvent, CacheSnapshot
-from kvbaton.engine.request import FinishReason, Request, TokenOutput
+from kvbaton.engine.request import FinishReason, TokenOutput
 from kvbaton.engine.sequence import Sequence, Status
 from kvbaton.engine.stopping import finish_reason
 from kvbaton.kvtransfer.commands import HandoffCommands
-from kvbaton.kvtransfer.messages import Failed, Granted, Landed, Offered, Released
+from kvbaton.kvtransfer.messages import Failed, Granted, HandoffKey, Landed, Offered, Released
 from kvbaton.prefill_worker.outgoing import OutgoingHandoffs
 from kvbaton.prefill_worker.scheduler import PrefillScheduler
 from kvbaton.router.engine_info import EngineLoad
 
 FINISHED_ON_PREFILL = "finished with its first token"
+DEADLINE_GRACE_S = 1.0  # the ingress is nearer to the client: it is first to say that the time is up
 
 
 class Worker:
@@ -41,14 +50,19 @@ class Worker:
         self._limits = limits
         # A sequence that outgrew the whole pool could be preempted but never computed again.
         self._max_tokens = min(engine.max_model_len, engine.kv.num_blocks * engine.kv.block_size)
+        self._check = SubmitCheck(self._max_tokens, engine.vocab_size, limits.max_waiting + limits.max_running)
         self.tracks = Tracks()
-        self.prefill = PrefillScheduler(engine.kv, limits, self._prompt_starts)
+        self.owners = BlockOwners()
+        self.prefill = PrefillScheduler(engine.kv, limits, self._prompt_starts, self._may_start)
         self.decode = DecodeScheduler(engine.kv, limits.max_running)
-        self.outgoing = OutgoingHandoffs(engine.kv, agent)
-        self.landings = Landings(engine.kv, agent)
+        self.outgoing = OutgoingHandoffs(engine.kv, agent, self.owners)
+        self.landings = Landings(engine.kv, agent, self.owners)
+        self.arrivals = Arrivals(engine, self.tracks, self.landings, self.decode)
+        self.moves = Moves(engine.kv, self.decode, self.outgoing, self._move_ended)
+        self.outbox = Outbox()
         self.model_s = 0.0  # wall time inside forward passes
         self.model_cpu_s = 0.0  # and the CPU time of this thread in them
-        self._outputs: dict[int, list[TokenOutput]] = {}
+        self._room_to_hold = 0  # blocks that prompts for other engines may still take in this step
 
     # ---- what comes in ------------------------------------------------------------------------------------------
 
@@ -62,27 +76,42 @@ class Worker:
             case Offered():
                 self.landings.offered(item, now)
             case Landed():
-                self._landed(item)
+                self._landed(item, now)
             case Failed():
                 self._handoff_failed(item)
             case Released():
                 self._released(item)
             case Granted():
-                pass  # the agent sends ready blocks by itself
+                self.moves.granted(item.key, now)  # for others the agent sends ready blocks by itself
+            case MoveOrder():
+                self._move(item.session_id, item.move)
+            case MoveAway():
+                for track in self.tracks.named(item.request_id):
+                    self.outbox.notice(track.session_id, MoveWanted(track.request.request_id, item.to))
 
     def step(self, now: float) -> bool:
-        """Schedule, run, publish into `take_outputs`. False when there was nothing to run."""
-        self.landings.expire(now)
+        """Schedule, run, publish into the outbox. False when there was nothing to run."""
+        self._end_all(self.arrivals.overdue(now), "the sequence to take over never came")
+        self._end_all(self.tracks.overdue(now), "the request's time is up")
+        self.moves.advance(now)
         plan = self.decode.schedule()
         for seq in plan.preempted:
             self.prefill.add(seq)
-        if not plan.preempted:
-            self.landings.grant_waiting(reserve_blocks=len(self.decode.running))
+            self.moves.stop(seq, "preempted")
+        # Streams that gave their blocks up get them back before others get any.
+        refused = self.arrivals.grant(closed=bool(plan.preempted) or self.prefill.queue.preempted)
+        self._end_all(refused, "no room for a sequence that decodes elsewhere")
         rows = plan.rows + self._prefill_rows(len(plan.rows), now)
+        stuck = self.arrivals.circle(now, moving=bool(rows) or self.owners.count(Owner.LANDING) > 0)
+        self._end_all(stuck, "no room: every block here waits for other engines")
         if not rows:
             return False
         if plan.copies:
             self._engine.copy_blocks(plan.copies)
+        self._run(rows)
+        return True
+
+    def _run(self, rows: list[ScheduledRow]) -> None:
         started, cpu_started = time.perf_counter(), time.thread_time()
         result = self._engine.run(rows)
         self.model_s += time.perf_counter() - started
@@ -97,29 +126,30 @@ class Worker:
                 self._next_token(track, row.seq, sampled[0])
             else:
                 self._prefilled(track, row, sampled)
-        return True
 
     def take_outputs(self) -> dict[int, list[TokenOutput]]:
         """Outputs since the last call, by session; the caller sends them."""
-        outputs, self._outputs = self._outputs, {}
-        return outputs
+        return self.outbox.take_tokens()
 
     def idle(self) -> bool:
         """True when no step can do anything before the next `handle`."""
         return not self.decode.running and not len(self.prefill.queue) and not self.landings.waiting()
 
+    def empty(self) -> bool:
+        """True when no request, hand-off or block is held here. Other threads may ask."""
+        return not (len(self.tracks) or len(self.outgoing) or len(self.landings))
+
     def load(self, step_s: float) -> EngineLoad:
-        counts = self._engine.kv.counts()
-        return EngineLoad(
-            waiting_requests=len(self.prefill.queue) + self.landings.waiting(),
-            running_requests=len(self.decode.running),
-            queued_prefill_tokens=self.prefill.queue.uncomputed_tokens(),
-            running_context_tokens=sum(len(seq.tokens) for seq in self.decode.running),
-            free_blocks=counts.free,
-            held_blocks=counts.held,
-            cached_blocks=counts.cached,
-            step_s=step_s,
-        )
+        waiting = self.landings.waiting()
+        counts, queue = self._engine.kv.counts(), self.prefill.queue
+        return engine_load(counts, self.owners, queue, self.decode.running, waiting, step_s)
+
+    def audit(self) -> BlockAudit:
+        """Every block by its owner, counted anew from the sequences and hand-offs; costs a walk over the pool."""
+        tables = [seq.block_table for track in self.tracks for seq in track.live.values()]
+        tables += [track.prompt.block_table for track in self.tracks if track.prompt is not None]
+        handoffs = [*self.outgoing.held(), *self.landings.held()]
+        return audit_blocks(self._engine.kv, self.owners, tables, handoffs)
 
     def drain_cache_events(self) -> list[CacheEvent]:
         return self._engine.kv.drain_events()
@@ -130,38 +160,41 @@ class Worker:
     # ---- a request begins ---------------------------------------------------------------------------------------
 
     def _submit(self, track: Track, now: float) -> None:
-        refusal = self._refusal(track.request)
+        refusal = self._check.refusal(track.request, len(self.tracks))
         if track.key in self.tracks:
             return  # a duplicate frame; the first one is being served
         if refusal is not None:
             self._end_request(track, refusal)
             return
+        if track.request.timeout_s is not None:
+            track.overdue_at_s = now + track.request.timeout_s + DEADLINE_GRACE_S
         self.tracks.add(track)
-        if track.leg is Leg.DECODE:
-            self.landings.expect(track.request, now)
+        if track.leg in (Leg.DECODE, Leg.MOVE):
+            self.arrivals.expect(track, now)
         else:
             track.prompt = Sequence(track.request, now)
             self.prefill.add(track.prompt)
-
-    def _refusal(self, request: Request) -> str | None:
-        tokens = len(request.context)
-        if not 0 < tokens < self._max_tokens:
-            return f"prompt of {tokens} tokens; this engine takes 1 to {self._max_tokens - 1}"
-        if not 0 <= min(request.context) <= max(request.context) < self._engine.vocab_size:
-            return f"token id out of vocabulary (0 to {self._engine.vocab_size - 1})"
-        if len(self.tracks) >= self._limits.max_waiting + self._limits.max_running:
-            return f"engine queue is full ({len(self.tracks)} requests)"
-        return None
 
     def _prefill_rows(self, decode_rows: int, now: float) -> list[ScheduledRow]:
         budget = self._limits.max_tokens_per_step - decode_rows
         if decode_rows:
             budget = min(budget, self._limits.prefill_chunk_tokens)  # a running stream waits for one chunk at most
-        return self.prefill.schedule(budget, now) if len(self.prefill.queue) else []
+        if not len(self.prefill.queue):
+            return []
+        most = int(self._engine.kv.num_blocks * self._limits.max_held_fraction)
+        self._room_to_hold = most - self.outgoing.num_blocks()
+        return self.prefill.schedule(budget, now)
+
+    def _may_start(self, seq: Sequence, num_blocks: int) -> bool:
+        track = self.tracks.of(seq)
+        if track is None or track.leg is not Leg.PREFILL or not len(self.outgoing):
+            return True
+        return num_blocks <= self._room_to_hold and len(self.outgoing) < self._limits.max_handoffs
 
     def _prompt_starts(self, seq: Sequence) -> None:
         track = self.tracks.of(seq)
         if track is not None and track.leg is Leg.PREFILL and track.submit.peer is not None:
+            self._room_to_hold -= len(seq.block_table)
             self.outgoing.start(seq, track.submit.peer)
 
     # ---- tokens -------------------------------------------------------------------------------------------------
@@ -183,8 +216,7 @@ class Worker:
         """Publish the first tokens at once; what goes on goes to decode with the tail block."""
         going_on: dict[int, int] = {}
         for sample, drawn in zip(seq.samples, sampled, strict=True):
-            branch = _branch(seq, sample)
-            if self._publish(track, branch, drawn) is None:
+            if self._publish(track, branch(seq, sample), drawn) is None:
                 going_on[sample] = drawn.token_id
         track.prompt = None
         if going_on:
@@ -197,33 +229,21 @@ class Worker:
         """Fork the prompt into its samples, which share its blocks until they write."""
         track.prompt = None
         for sample in seq.samples:
-            branch = _branch(seq, sample)
-            self._engine.kv.fork(branch.block_table)
-            track.live[sample] = branch
-            self.decode.add(branch)
-        for branch, drawn in zip(list(track.live.values()), sampled, strict=True):
-            self._next_token(track, branch, drawn)
+            live = track.live[sample] = branch(seq, sample)
+            self._engine.kv.fork(live.block_table)
+            self.decode.add(live)
+        for live, drawn in zip(list(track.live.values()), sampled, strict=True):
+            self._next_token(track, live, drawn)
         self._engine.kv.release(seq.block_table)
         seq.block_table = []
 
-    def _landed(self, event: Landed) -> None:
-        """The prompt's KV is here: its samples join the running batch with the tokens that prefill drew."""
-        track = self.tracks.get(event.key)
-        seq = self.landings.landed(event.key)
-        if track is None or seq is None:
-            return
-        for sample, token_id in decode_first_tokens(event.payload).items():
-            if sample in track.dropped:
-                continue  # aborted alone while the KV travelled
-            branch = _branch(seq, sample)
-            branch.tokens.append(token_id)
-            self._engine.kv.fork(branch.block_table)
-            track.live[sample] = branch
-            self.decode.add(branch)
-        self._engine.kv.release(seq.block_table)
-        seq.block_table = []
-        if not track.live:
-            self.tracks.remove(track)
+    def _landed(self, event: Landed, now: float) -> None:
+        try:
+            self.arrivals.landed(event, now)
+        except ValueError as error:
+            track = self.arrivals.track_of(event.key)
+            if track is not None:
+                self._end_request(track, f"hand-off refused: {error}")
 
     def _next_token(self, track: Track, seq: Sequence, drawn: SampledToken) -> None:
         if self._publish(track, seq, drawn) is not None:
@@ -231,29 +251,37 @@ class Worker:
 
     def _publish(self, track: Track, seq: Sequence, drawn: SampledToken) -> FinishReason | None:
         """Append a drawn token to its sequence and queue it for the ingress."""
-        request = track.request
-        index = seq.num_outputs
-        first = index == len(request.emitted)
         seq.tokens.append(drawn.token_id)
         finish = finish_reason(seq, self._max_tokens)
-        output = TokenOutput(
-            request.request_id,
-            request.epoch,
-            seq.samples[0],
-            index,
-            drawn.token_id,
-            drawn.logprobs,
-            finish,
-            seq.cached_tokens if first else None,
-            tuple(track.prompt_logprobs) if first and track.prompt_logprobs else None,
-        )
-        self._outputs.setdefault(track.session_id, []).append(output)
+        self.outbox.token(track, seq, drawn, finish)
         return finish
+
+    # ---- a sample moves away ------------------------------------------------------------------------------------
+
+    def _move(self, session_id: int, order: Move) -> None:
+        key = HandoffKey(order.new_id, order.new_epoch)
+        if order.to is None:
+            self.moves.stop_named(key, "called off")
+            return
+        tracks = self.tracks.of_request(session_id, order.request_id)
+        track = next((t for t in tracks if order.sample in t.live), None)
+        refusal = "no such sample decodes here"
+        if track is not None:
+            refusal = self.moves.start(track, track.live[order.sample], order)
+        if refusal:
+            self.outbox.notice(session_id, Moved(order.new_id, order.new_epoch, False, refusal))
+
+    def _move_ended(self, move: OutgoingMove, moved: bool, reason: str) -> None:
+        order = move.order
+        if moved:
+            self._end_sample(move.track, move.seq)
+        self.outbox.notice(move.track.session_id, Moved(order.new_id, order.new_epoch, moved, reason))
 
     # ---- a request ends -----------------------------------------------------------------------------------------
 
     def _end_sample(self, track: Track, seq: Sequence) -> None:
         """A running or preempted sample ends: its blocks go back, and the track with the last one."""
+        self.moves.forget(seq, "the sequence ended")
         if seq.status is Status.RUNNING:
             self.decode.remove(seq)
         elif seq in self.prefill.queue:
@@ -269,15 +297,18 @@ class Worker:
         """The one transition to the end from any state: every leg and block goes; `error` is told to the ingress."""
         for seq in list(track.live.values()):
             self._end_sample(track, seq)
-        if track.leg is Leg.DECODE:
-            self.landings.cancel(track.key, error or reason)
+        self.arrivals.cancel(track, error or reason)
         if track.prompt is not None:
             self._drop_prompt(track, track.prompt)
         if track.leg is Leg.PREFILL:
             self.outgoing.cancel(track.key, error or reason)
         self.tracks.remove(track)
         if error is not None:
-            self._report(track, error)
+            self.outbox.refuse(track, error)
+
+    def _end_all(self, tracks: list[Track], error: str) -> None:
+        for track in tracks:
+            self._end_request(track, error)
 
     def _drop_prompt(self, track: Track, seq: Sequence) -> None:
         """A prompt that waits or is being computed; blocks that a hand-off may be reading stay with the hand-off."""
@@ -287,10 +318,6 @@ class Worker:
         if track.key not in self.outgoing:
             self._engine.kv.release(seq.block_table)
             seq.block_table = []
-
-    def _report(self, track: Track, error: str) -> None:
-        outputs = self._outputs.setdefault(track.session_id, [])
-        outputs.extend(refused_outputs(track.submit, error))
 
     def _abort(self, abort: Abort) -> None:
         if abort.request_id is None:
@@ -313,9 +340,10 @@ class Worker:
 
     def _handoff_failed(self, event: Failed) -> None:
         sender = self.outgoing.failed(event.key) is not None
-        receiver = self.landings.failed(event.key)
-        track = self.tracks.get(event.key)
-        if track is None or not (sender or receiver):
+        self.moves.failed(event.key, event.reason)
+        receiving = self.arrivals.failed(event.key)
+        track = self.tracks.get(event.key) if sender else receiving
+        if track is None:
             return
         finished = event.reason.endswith(FINISHED_ON_PREFILL)
         self._end_request(track, None if finished else event.reason)
@@ -326,12 +354,4 @@ class Worker:
         track = self.tracks.get(event.key)
         if self.outgoing.released(event.key) is not None and track is not None and track.leg is Leg.PREFILL:
             self.tracks.remove(track)
-
-
-def _branch(seq: Sequence, sample: int) -> Sequence:
-    """One sample of a computed prompt, sharing its block table's blocks (the caller forks their counts)."""
-    branch = Sequence(seq.request, seq.arrival_s, (sample,))
-    branch.block_table = list(seq.block_table)
-    branch.num_computed = seq.num_computed
-    branch.cached_tokens = seq.cached_tokens
-    return branch
+        self.moves.released(event.key, event.acked)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvbaton.cluster.session_types import Submit
+from kvbaton.cluster.session_types import Move, Submit
 from kvbaton.engine.batch import ScheduledRow, StepResult
 from kvbaton.engine.kv_manager import KVManager
 from kvbaton.kvtransfer.messages import Failed, Granted, Landed, Offered, Released
@@ -40,4 +40,20 @@ class Submitted:
     submit: Submit
 
 
-Item = Submitted | Abort | Offered | Granted | Landed | Released | Failed
+@dataclass(frozen=True, slots=True)
+class MoveOrder:
+    """An ingress has one of its samples moved, or stops that."""
+
+    session_id: int
+    move: Move
+
+
+@dataclass(frozen=True, slots=True)
+class MoveAway:
+    """An operator wants a request (None: every request) to go on elsewhere; its ingress is asked to see to it."""
+
+    request_id: str | None
+    to: str = ""
+
+
+Item = Submitted | Abort | MoveOrder | MoveAway | Offered | Granted | Landed | Released | Failed

@@ -7,13 +7,19 @@ prefill queue cost decode nothing.
     EXPECTED  submit, no offer          EARLY    offer, no submit (dropped after a grace period)
     WAITING   both, no room yet         GRANTED  blocks are held, KV is arriving
     CLOSING   over, waiting until nothing can write the blocks any more
+
+A sequence that moves here while it decodes comes in two hand-offs: first a copy of the whole blocks that it had when
+the move began, then the rest with its tokens. The second is expected together with the blocks of the first. Neither
+waits for room: its source would rather go on.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from kvbaton.engine.block_owners import BlockOwners, Owner
 from kvbaton.engine.kv_manager import KVManager, OutOfBlocks
 from kvbaton.engine.request import Request
 from kvbaton.engine.sequence import IllegalTransition, Sequence
@@ -21,6 +27,7 @@ from kvbaton.kvtransfer.commands import HandoffCommands
 from kvbaton.kvtransfer.messages import HandoffKey, Landing, Offered
 
 EARLY_GRACE_S = 10.0
+MOVE_GRACE_S = 30.0
 
 
 class LandingState(enum.Enum):
@@ -48,6 +55,9 @@ class _Incoming:
     seq: Sequence | None = None
     offered: Offered | None = None
     blocks: list[int] = field(default_factory=list)
+    patient: bool = True  # may wait for room
+    moving: bool = False  # brings tokens that the submit did not have, the last of them without KV
+    owner: Owner | None = None
 
     def to(self, state: LandingState) -> None:
         if state not in _LEGAL[self.state]:
@@ -58,9 +68,10 @@ class _Incoming:
 class Landings:
     """All hand-offs that this engine receives, by key; waiting offers are granted first come, first served."""
 
-    def __init__(self, kv: KVManager, agent: HandoffCommands) -> None:
+    def __init__(self, kv: KVManager, agent: HandoffCommands, owners: BlockOwners) -> None:
         self._kv = kv
         self._agent = agent
+        self._owners = owners
         self._open: dict[HandoffKey, _Incoming] = {}
 
     def __len__(self) -> int:
@@ -69,18 +80,31 @@ class Landings:
     def waiting(self) -> int:
         return sum(item.state is LandingState.WAITING for item in self._open.values())
 
+    def oldest_waiting(self) -> HandoffKey | None:
+        """The offer that has waited for room for longest."""
+        return next((item.key for item in self._open.values() if item.state is LandingState.WAITING), None)
+
     def state(self, key: HandoffKey) -> LandingState | None:
         item = self._open.get(key)
         return item.state if item else None
 
-    def expect(self, request: Request, now: float) -> None:
+    def held(self) -> Iterator[list[int]]:
+        """The blocks of each hand-off, for an audit."""
+        return (item.blocks for item in self._open.values() if item.owner is not None)
+
+    def expect(self, request: Request, now: float, patient: bool = True) -> None:
         """The ingress says that this request will be decoded here."""
-        key = HandoffKey(request.request_id, request.epoch)
-        item = self._open.get(key)
-        if item is None:
-            self._open[key] = _Incoming(key, LandingState.EXPECTED, now, seq=Sequence(request, now))
-        elif item.state is LandingState.EARLY:
-            item.seq = Sequence(request, now)
+        item = self._expect(Sequence(request, now), now, patient)
+        if item.state is LandingState.EARLY:
+            self._match_up(item)
+
+    def expect_move(self, request: Request, blocks: list[int], now: float) -> None:
+        """The rest of a sequence that decodes elsewhere will come; the hold on its first `blocks` passes to here."""
+        item = self._expect(Sequence(request, now), now, patient=False)
+        item.moving = True
+        item.blocks = blocks
+        self._own(item, Owner.LANDING)
+        if item.state is LandingState.EARLY:
             self._match_up(item)
 
     def offered(self, event: Offered, now: float) -> None:
@@ -93,28 +117,43 @@ class Landings:
             item.offered = event
             self._match_up(item)
 
-    def grant_waiting(self, reserve_blocks: int) -> None:
-        """Give landing blocks to waiting offers, in order, while `reserve_blocks` stay available for running ones."""
-        for item in list(self._open.values()):
-            if item.state is LandingState.WAITING and not self._grant(item, reserve_blocks):
-                return
+    def grant_waiting(self, reserve_blocks: int, closed: bool = False) -> list[HandoffKey]:
+        """Give landing blocks to waiting offers, in order, while `reserve_blocks` stay available for running ones, and
+        to none while `closed`. Returns those that would not wait and got none: the caller ends their requests."""
+        waiting = [item for item in self._open.values() if item.state is LandingState.WAITING]
+        hasty = [item for item in waiting if not item.patient]
+        refused = [item.key for item in hasty if closed or not self._grant(item, reserve_blocks)]
+        for item in waiting:
+            if item.patient and (closed or not self._grant(item, reserve_blocks)):
+                break
+        return refused
 
-    def expire(self, now: float) -> None:
-        """Refuse offers for which no submit came; the request ended before its offer arrived."""
+    def expire(self, now: float) -> list[HandoffKey]:
+        """Refuse offers for which no submit came: the request ended before its offer arrived. Returns the submits for
+        whose sequence nothing came: the caller ends them."""
+        late: list[HandoffKey] = []
         for item in list(self._open.values()):
             if item.state is LandingState.EARLY and now - item.since_s > EARLY_GRACE_S:
                 self.cancel(item.key, "decode: no ingress submitted this request")
+            if item.state is LandingState.EXPECTED and not item.patient and now - item.since_s > MOVE_GRACE_S:
+                late.append(item.key)
+        return late
 
-    def landed(self, key: HandoffKey) -> Sequence | None:
-        """The prompt's KV is complete here: ack, and hand over the sequence with its blocks. None if cancelled."""
+    def landed(self, key: HandoffKey, more_tokens: Iterable[int] = ()) -> Sequence | None:
+        """The prompt's KV is complete here: ack, and hand over the sequence with its blocks. None if cancelled.
+        `more_tokens` are what a moving sequence has got since its submit. Raises `ValueError` if they do not fit."""
         item = self._open.get(key)
         if item is None or item.state is not LandingState.GRANTED or item.seq is None:
             return None
-        del self._open[key]
         seq, size = item.seq, self._kv.block_size
+        seq.tokens.extend(more_tokens)
+        seq.num_computed = len(seq.tokens) - item.moving
+        if -(-seq.num_computed // size) != len(item.blocks):
+            raise ValueError(f"{seq.num_computed} tokens came in {len(item.blocks)} blocks of {size}")
+        del self._open[key]
+        self._own(item, None)
         seq.block_table = item.blocks
-        seq.num_computed = len(seq.tokens)
-        full = len(seq.tokens) // size
+        full = seq.num_computed // size
         self._kv.commit(seq.hashes(size, full), seq.block_table[:full])
         self._agent.ack(key)
         return seq
@@ -126,8 +165,10 @@ class Landings:
             return
         if item.state is LandingState.EXPECTED:
             del self._open[key]  # the agent has not heard of it
+            self._release(item)
             return
         item.to(LandingState.CLOSING)
+        self._own(item, Owner.QUARANTINE)
         self._agent.cancel(key, reason)
 
     def failed(self, key: HandoffKey) -> bool:
@@ -136,6 +177,7 @@ class Landings:
         if item is None or item.state in (LandingState.CLOSING, LandingState.EXPECTED):
             return False
         item.to(LandingState.CLOSING)
+        self._own(item, Owner.QUARANTINE)
         return True
 
     def released(self, key: HandoffKey) -> None:
@@ -143,7 +185,16 @@ class Landings:
         item = self._open.get(key)
         if item is not None and item.state is LandingState.CLOSING:
             del self._open[key]
-            self._kv.release(item.blocks)
+            self._release(item)
+
+    def _expect(self, seq: Sequence, now: float, patient: bool) -> _Incoming:
+        key = HandoffKey(seq.request.request_id, seq.request.epoch)
+        item = self._open.get(key)
+        if item is None:
+            item = self._open[key] = _Incoming(key, LandingState.EXPECTED, now, seq, patient=patient)
+        elif item.state is LandingState.EARLY:
+            item.seq, item.patient = seq, patient
+        return item
 
     def _match_up(self, item: _Incoming) -> None:
         assert item.seq is not None
@@ -151,7 +202,10 @@ class Landings:
         offer, tokens = item.offered.offer, len(item.seq.tokens)
         blocks = -(-tokens // self._kv.block_size)
         item.to(LandingState.WAITING)
-        if (offer.num_tokens, offer.num_blocks) != (tokens, blocks):
+        if item.moving:
+            if offer.num_blocks < len(item.blocks):
+                self.cancel(item.key, f"offer of {offer.num_blocks} blocks, {len(item.blocks)} are here already")
+        elif (offer.num_tokens, offer.num_blocks) != (tokens, blocks):
             self.cancel(
                 item.key,
                 f"offer of {offer.num_tokens} tokens in {offer.num_blocks} blocks, expected {tokens} in {blocks}",
@@ -159,16 +213,29 @@ class Landings:
 
     def _grant(self, item: _Incoming, reserve_blocks: int) -> bool:
         assert item.seq is not None
-        size, total = self._kv.block_size, -(-len(item.seq.tokens) // self._kv.block_size)
-        cached = self._kv.match(item.seq.hashes(size, len(item.seq.tokens) // size))
+        assert item.offered is not None
+        size, total = self._kv.block_size, item.offered.offer.num_blocks
+        cached = [] if item.moving else self._kv.match(item.seq.hashes(size, len(item.seq.tokens) // size))
+        missing = total - len(item.blocks) - len(cached)
         try:
-            if self._kv.available < total - len(cached) + reserve_blocks:
-                raise OutOfBlocks(total - len(cached) + reserve_blocks, self._kv.available)
-            fresh = self._kv.allocate(total - len(cached))
+            if self._kv.available < missing + reserve_blocks:
+                raise OutOfBlocks(missing + reserve_blocks, self._kv.available)
+            fresh = self._kv.allocate(missing)
         except OutOfBlocks:
             self._kv.release(cached)
             return False
-        item.blocks = cached + fresh
+        first = len(item.blocks) + len(cached)
+        self._own(item, None)
+        item.blocks += cached + fresh
+        self._own(item, Owner.LANDING)
         item.to(LandingState.GRANTED)
-        self._agent.grant(item.key, Landing(len(cached), tuple(fresh)))
+        self._agent.grant(item.key, Landing(first, tuple(fresh)))
         return True
+
+    def _release(self, item: _Incoming) -> None:
+        self._own(item, None)
+        self._kv.release(item.blocks)
+
+    def _own(self, item: _Incoming, owner: Owner | None) -> None:
+        self._owners.change(item.owner, owner, item.blocks)
+        item.owner = owner

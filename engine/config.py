@@ -26,12 +26,18 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True)
 class BatchConfig:
-    """Limits of one step. `max_tokens_per_step` is the token budget shared by decode rows and prefill chunks."""
+    """Limits of one step. `max_tokens_per_step` is the token budget shared by decode rows and prefill chunks.
+
+    No prompt is begun for another engine while `max_handoffs` are open or would hold more than `max_held_fraction` of
+    the pool: one that no peer takes may fill this much and no more.
+    """
 
     max_tokens_per_step: int = 2048
     prefill_chunk_tokens: int = 512
     max_running: int = 256
     max_waiting: int = 4096
+    max_handoffs: int = 1024
+    max_held_fraction: float = 0.75
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,7 @@ class Request:
 
     `sample_indices` are the samples to draw, normally 0..n-1. A resume is one request per unfinished sample: a
     single index, `emitted` holding the tokens the client already has (they count towards max_tokens and min_tokens),
-    and a higher `epoch`.
+    and a higher `epoch`. `timeout_s` is how long it may still take from now on; None: no limit of its own.
     """
 
     request_id: str
@@ -117,6 +117,7 @@ class Request:
     emitted: tuple[int, ...] = ()
     epoch: int = 0
     cache_salt: str = ""
+    timeout_s: float | None = None
 
     @property
     def context(self) -> tuple[int, ...]:

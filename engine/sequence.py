@@ -19,6 +19,7 @@ class Status(enum.Enum):
     WAITING = "waiting"  # holds no blocks
     PREFILLING = "prefilling"
     RUNNING = "running"
+    MIGRATING = "migrating"  # not scheduled while its last blocks travel to another engine; keeps its own
     PREEMPTED = "preempted"  # was RUNNING, gave its blocks back, waits to be recomputed
     FINISHED = "finished"
 
@@ -26,7 +27,8 @@ class Status(enum.Enum):
 _LEGAL: dict[Status, frozenset[Status]] = {
     Status.WAITING: frozenset({Status.PREFILLING, Status.RUNNING, Status.FINISHED}),
     Status.PREFILLING: frozenset({Status.RUNNING, Status.WAITING, Status.PREEMPTED, Status.FINISHED}),
-    Status.RUNNING: frozenset({Status.PREEMPTED, Status.FINISHED}),
+    Status.RUNNING: frozenset({Status.PREEMPTED, Status.MIGRATING, Status.FINISHED}),
+    Status.MIGRATING: frozenset({Status.RUNNING, Status.FINISHED}),
     Status.PREEMPTED: frozenset({Status.PREFILLING, Status.FINISHED}),
     Status.FINISHED: frozenset(),
 }

@@ -40,6 +40,11 @@ class PrefillQueue:
         """Most urgent first; ties by arrival."""
         return sorted(self._items.values(), key=lambda seq: self._rank(seq, now))
 
+    @property
+    def preempted(self) -> bool:
+        """A stream that has begun waits here for blocks: it goes before all that have not."""
+        return any(seq.status is Status.PREEMPTED for seq in self._items.values())
+
     def uncomputed_tokens(self) -> int:
         return sum(seq.num_uncomputed for seq in self._items.values())
 

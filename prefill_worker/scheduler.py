@@ -28,11 +28,19 @@ class PrefillProgress:
 class PrefillScheduler:
     """Owns the sequences that have prompt tokens left; the step loop calls schedule, runs, then calls commit."""
 
-    def __init__(self, kv: KVManager, limits: BatchConfig, on_start: Callable[[Sequence], None]) -> None:
-        """`on_start` is told of each prompt whose first chunk is about to run: the moment to offer a hand-off."""
+    def __init__(
+        self,
+        kv: KVManager,
+        limits: BatchConfig,
+        on_start: Callable[[Sequence], None],
+        may_start: Callable[[Sequence, int], bool],
+    ) -> None:
+        """`on_start` is told of each prompt whose first chunk is about to run: the moment to offer a hand-off.
+        `may_start` is asked before, with the blocks that the prompt takes; those behind one that may not can start."""
         self._kv = kv
         self._limits = limits
         self._on_start = on_start
+        self._may_start = may_start
         self.queue = PrefillQueue()
 
     def add(self, seq: Sequence) -> None:
@@ -54,6 +62,8 @@ class PrefillScheduler:
             if budget_tokens <= 0:
                 break
             if seq.status is not Status.PREFILLING:
+                if not self._may_start(seq, self.blocks_needed(len(seq.tokens))):
+                    continue
                 room = room and self._start(seq)  # after the first that finds no room nobody else starts
                 if not room:
                     continue

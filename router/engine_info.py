@@ -43,7 +43,11 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """An engine's own numbers at the end of a step. Token counts, block counts and seconds."""
+    """An engine's own numbers at the end of a step. Token counts, block counts and seconds.
+
+    `held_blocks` is the sum of the last four: blocks of sequences, of hand-offs that a peer reads, of KV that lands,
+    and those in quarantine.
+    """
 
     waiting_requests: int = 0
     running_requests: int = 0
@@ -53,3 +57,7 @@ class EngineLoad:
     held_blocks: int = 0
     cached_blocks: int = 0
     step_s: float = 0.0
+    sequence_blocks: int = 0
+    hold_blocks: int = 0
+    landing_blocks: int = 0
+    quarantine_blocks: int = 0

@@ -143,6 +143,22 @@ class Router:
         self.index.placed(prefill_info.engine_id, hashes.of(prefill_info.block_size), now)
         return booking
 
+    def place_move(self, tokens: int, source: str) -> EngineInfo | None:
+        """The best engine to go on with a sequence of `tokens` that decodes at `source`; None if there is no other."""
+        views = [v for v in self._views.values() if v.info.engine_id != source and _can_serve(v.info, tokens)]
+        fitting = [v for v in views if v.available_blocks * v.info.block_size >= tokens] or views
+        decoders = [v for v in fitting if v.info.role is not Role.PREFILL] or fitting
+        best = min(decoders, key=lambda v: (v.decoding, v.own_context_tokens), default=None)
+        return None if best is None else best.info
+
+    def book_move(self, request: Request, to: EngineInfo) -> Booking:
+        """Note that one sample moves to `to` with its KV: nothing is computed again."""
+        tokens, view = len(request.context), self._view_of(to)
+        booking = Booking(Local(to, tokens), [], view, view, 0, tokens, 1, 0, self._clock(), prefilling=False)
+        view.own_requests += 1
+        view.own_context_tokens += tokens
+        return booking
+
     def first_token(self, booking: Booking) -> None:
         """The prompt is computed: it queues no more, shows how fast the engine is, and lands on the decode engine (not
         before: a sibling sent there earlier would be computed there)."""

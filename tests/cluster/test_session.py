@@ -17,7 +17,7 @@ from kvbaton.cluster.session_connection import SessionLimits
 from kvbaton.cluster.session_handshake import EngineHandshake, HandshakeRefused, IngressHandshake
 from kvbaton.cluster.session_server import SessionServer
 from kvbaton.cluster.session_types import Leg, Submit
-from kvbaton.cluster.session_wire import HEADER, HELLO, PROOF, Encoder, FrameReader, unpack
+from kvbaton.cluster.session_wire import HEADER, HELLO, PROOF, PROTOCOL_VERSION, Encoder, FrameReader, unpack
 from kvbaton.engine.request import FinishReason, TokenOutput
 from kvbaton.kvtransfer.messages import PeerAddress
 from kvbaton.router.engine_info import EngineInfo, EngineLoad
@@ -112,7 +112,9 @@ async def test_wrong_secret_is_refused_at_both_ends(caplog: pytest.LogCaptureFix
             await connect(info, Listener(), secret=b"other")
         reader, writer = await asyncio.open_connection(info.host, info.session_port)
         encoder = Encoder()
-        writer.write(encoder.message(HELLO, 1, "impostor", b"n" * 32) + encoder.message(PROOF, b"p" * 32))
+        writer.write(
+            encoder.message(HELLO, PROTOCOL_VERSION, "impostor", b"n" * 32) + encoder.message(PROOF, b"p" * 32)
+        )
         frames = FrameReader(1 << 20).feed(await read_all(reader))
         assert unpack(frames[-1])[1] == ["the cluster secrets differ"]
         writer.close()
@@ -160,7 +162,7 @@ async def test_protocol_version_is_checked_by_name() -> None:
         reader, writer = await asyncio.open_connection(info.host, info.session_port)
         writer.write(Encoder().message(HELLO, 99, "new", b"n" * 32))
         frames = FrameReader(1 << 20).feed(await read_all(reader))
-        assert unpack(frames[0])[1] == ["session protocol version 1 here, 99 there"]
+        assert unpack(frames[0])[1] == [f"session protocol version {PROTOCOL_VERSION} here, 99 there"]
         writer.close()
 
 

@@ -12,14 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbaton.cluster.session_fields import WireError
+from kvbaton.cluster.session_moves import decode_move
 from kvbaton.cluster.session_requests import SAMPLING_FIELDS, decode_abort, decode_submit
-from kvbaton.cluster.session_types import Leg, Submit
+from kvbaton.cluster.session_types import Leg, Move, Moved, MoveWanted, Submit
 from kvbaton.cluster.session_wire import (
     HEADER,
+    MOVE,
+    MOVE_WANTED,
+    MOVED,
     STEP,
     SUBMIT,
     Encoder,
     FrameReader,
+    decode_notice,
     decode_step,
     unpack,
 )
@@ -27,7 +32,7 @@ from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenL
 from kvbaton.kvtransfer.messages import PeerAddress
 from kvbaton.router.engine_info import EngineLoad
 
-LOAD = EngineLoad(1, 2, 3, 4, 5, 6, 7, 0.25)
+LOAD = EngineLoad(1, 2, 3, 4, 5, 10, 7, 0.25, 1, 2, 3, 4)
 
 PLAIN = TokenOutput("req-1", 2, 3, 17, 151_643)
 RICH = TokenOutput(
@@ -61,7 +66,7 @@ SAMPLING = SamplingParams(
     stop_token_ids=(2, 151_645),
     ignore_eos=True,
 )
-REQUEST = Request("req-é", (1, 2, 4_000_000_000), SAMPLING, (0, 2), (7, 8), 3, "tenant")
+REQUEST = Request("req-é", (1, 2, 4_000_000_000), SAMPLING, (0, 2), (7, 8), 3, "tenant", 12.5)
 PAIRED = Submit(REQUEST, Leg.PREFILL, PeerAddress("d1", 4, "10.0.0.2", 65_535))
 
 
@@ -108,7 +113,7 @@ def test_submit_round_trip(submit: Submit) -> None:
 def test_no_sampling_or_request_field_is_forgotten() -> None:
     """A field added to the dataclasses but not to the wire would silently fall back to its default on the engine."""
     assert tuple(name for name, _ in SAMPLING_FIELDS) == tuple(f.name for f in dataclasses.fields(SamplingParams))
-    assert len(dataclasses.fields(Request)) == 7
+    assert len(dataclasses.fields(Request)) == 8
     assert len(dataclasses.fields(TokenOutput)) == 10
     defaults = SamplingParams(max_tokens=1)
     assert all(getattr(SAMPLING, name) != getattr(defaults, name) for name, _ in SAMPLING_FIELDS)
@@ -118,6 +123,47 @@ def test_no_sampling_or_request_field_is_forgotten() -> None:
 def test_abort_round_trip(sample: int | None) -> None:
     _, fields = unpack(body(Encoder().abort("r", sample)))
     assert decode_abort(fields) == ("r", sample)
+
+
+MOVE_AWAY = Move("r~1.0", 3, PeerAddress("d1", 4, "10.0.0.2", 65_535), "r~2.0", 2, 2000)
+
+
+@pytest.mark.parametrize("move", [MOVE_AWAY, dataclasses.replace(MOVE_AWAY, to=None)])
+def test_move_round_trip(move: Move) -> None:
+    kind, fields = unpack(body(Encoder().move(move)))
+    assert kind == MOVE
+    assert decode_move(fields) == move
+
+
+@pytest.mark.parametrize("notice", [Moved("r", 1, True), Moved("r", 2, False, "no room"), MoveWanted("r", "d1")])
+def test_notice_round_trip(notice: Moved | MoveWanted) -> None:
+    assert decode_notice(*unpack(body(Encoder().notice(notice)))) == notice
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (MOVED, ["r", 1, 1, ""], "true or false"),
+        (MOVED, ["r", 1, True], "list of 4"),
+        (MOVED, ["r", 1, True, "x" * 1025], "reason"),
+        (MOVE_WANTED, ["r", 7], "to"),
+        (SUBMIT, [], "not for an ingress"),
+    ],
+)
+def test_malformed_notice_is_refused_by_field(kind: int, fields: list[object], message: str) -> None:
+    with pytest.raises(WireError, match=message):
+        decode_notice(kind, fields)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [(1, 16, "sample"), (2, ["d1", 1, "h"], "peer"), (4, -1, "new epoch"), (5, None, "context tokens")],
+)
+def test_malformed_move_is_refused_by_field(at: int, value: object, message: str) -> None:
+    _, fields = unpack(body(Encoder().move(MOVE_AWAY)))
+    fields[at] = value
+    with pytest.raises(WireError, match=message):
+        decode_move(fields)
 
 
 def test_error_text_is_cut_not_refused() -> None:
@@ -152,13 +198,13 @@ def test_error_text_is_cut_not_refused() -> None:
     ],
 )
 def test_malformed_row_is_refused_by_field(row: object, message: str) -> None:
-    _, fields = unpack(msgpack.packb([STEP, [0, 0, 0, 0, 0, 0, 0, 0.0], [row]]))
+    _, fields = unpack(msgpack.packb([STEP, [0, 0, 0, 0, 0, 0, 0, 0.0, 0, 0, 0, 0], [row]]))
     with pytest.raises(WireError, match=message):
         decode_step(fields)
 
 
 @pytest.mark.parametrize(
-    "load", [None, [0] * 7, [0] * 9, [0, 0, 0, 0, 0, 0, -1, 0.0], [0] * 7 + [math.nan], [0] * 7 + ["1"]]
+    "load", [None, [0] * 11, [0] * 13, [0, 0, 0, 0, 0, 0, -1, 0.0, 0, 0, 0, 0], [0] * 11 + [math.nan], [0] * 11 + ["1"]]
 )
 def test_malformed_load_is_refused(load: object) -> None:
     with pytest.raises(WireError, match="load"):
@@ -173,7 +219,7 @@ def valid_submit_fields() -> list[object]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ((0,), 3, "leg"),
+        ((0,), 4, "leg"),
         ((1,), ["d1", 4, "h"], "peer must be a list of 4"),
         ((1, 3), 65_536, "peer port"),
         ((1, 1), -4, "peer generation"),
@@ -192,6 +238,7 @@ def valid_submit_fields() -> list[object]:
         ((2, 3), [16], "sample index"),
         ((2, 5), 1.5, "epoch"),
         ((2, 6), None, "cache_salt"),
+        ((2, 7), "1", "timeout"),
     ],
 )
 def test_malformed_submit_is_refused_by_field(path: tuple[int, ...], value: object, message: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from kvbaton.cluster.session_client import SessionClient
 from kvbaton.cluster.session_connection import SessionLimits
 from kvbaton.cluster.session_server import SessionServer
-from kvbaton.cluster.session_types import Submit
+from kvbaton.cluster.session_types import Move, Notice, Submit
 from kvbaton.engine.request import Request, SamplingParams, TokenOutput
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
 
@@ -45,6 +45,7 @@ class ScriptedEngine:
     on_submit: Callable[[int, Submit], None] = lambda session_id, submit: None
     submits: list[tuple[int, Submit]] = field(default_factory=list)
     aborts: list[tuple[int, str, int | None]] = field(default_factory=list)
+    moves: list[tuple[int, Move]] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -55,6 +56,10 @@ class ScriptedEngine:
 
     def abort(self, session_id: int, request_id: str, sample: int | None) -> None:
         self.aborts.append((session_id, request_id, sample))
+        self.changed.set()
+
+    def move(self, session_id: int, move: Move) -> None:
+        self.moves.append((session_id, move))
         self.changed.set()
 
     def session_lost(self, session_id: int) -> None:
@@ -69,6 +74,7 @@ class Listener:
     outputs: list[TokenOutput] = field(default_factory=list)
     loads: list[EngineLoad] = field(default_factory=list)
     frames: list[int] = field(default_factory=list)
+    notices: list[Notice] = field(default_factory=list)
     lost_reasons: list[str] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -76,6 +82,10 @@ class Listener:
         self.outputs += outputs
         self.loads.append(load)
         self.frames.append(len(outputs))
+        self.changed.set()
+
+    def notice(self, client: SessionClient, notice: Notice) -> None:
+        self.notices.append(notice)
         self.changed.set()
 
     def lost(self, client: SessionClient, reason: str) -> None:

@@ -42,6 +42,7 @@ class WorkerBench:
         self.now += 0.01
         ran = self.worker.step(self.now)
         self.collect()
+        assert self.worker.audit().problems == ()
         return ran
 
     def collect(self) -> None:
@@ -63,8 +64,9 @@ class WorkerBench:
 
     def assert_clean(self) -> None:
         """Nothing is held once every request has ended."""
-        self.engine.kv.check()
-        assert self.engine.kv.counts().held == 0
+        audit = self.worker.audit()
+        assert audit.problems == ()
+        assert audit.held == 0
         assert len(self.worker.tracks) == 0
         assert len(self.worker.outgoing) == 0
         assert len(self.worker.landings) == 0
