@@ -131,7 +131,7 @@ def run_load(url: str, trace: Path, slo: str) -> dict[str, float]:
     report = trace.with_suffix(".json")
     command = [sys.executable, "-m", "kvbaton.cluster.cli", "bench", "serve", "--url", url, "--trace", str(trace)]
     subprocess.run([*command, "--slo", slo, "--json", str(report), "--no-progress"], check=True, capture_output=True)
-    summary: dict[str, Any] = json.loads(report.read_text())["summary"]
+    summary: dict[str, Any] = json.loads(report.read_text())["report"]["summary"]
     if summary["failed"]:
         raise RuntimeError(f"{summary['failed']} requests failed at {url}")
     latency = summary["latency"]
