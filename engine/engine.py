@@ -19,7 +19,7 @@ from kvbaton.engine.decoder import Decoder
 from kvbaton.engine.device_sampler import DeviceSampler
 from kvbaton.engine.kv_cache import KV_LAYOUT_VERSION, KVCache, KVGeometry
 from kvbaton.engine.kv_manager import KVManager
-from kvbaton.engine.memory import num_blocks_for, usable_model_len
+from kvbaton.engine.memory import num_blocks_for, step_workspace_bytes, usable_model_len
 from kvbaton.engine.model_config import ModelConfig
 from kvbaton.engine.model_loader import LoadedModel, load_model
 from kvbaton.engine.native_decoder import native_decoder
@@ -48,7 +48,8 @@ class Engine:
         self.model_config: ModelConfig = model.config
         self.geometry = _geometry(model, config.cache)
         wanted = _max_model_len(config, model.config)
-        num_blocks = num_blocks_for(config.cache, self.geometry, device)
+        workspace = step_workspace_bytes(model.config, config.batch, model.decoder.dtype.itemsize)
+        num_blocks = num_blocks_for(config.cache, self.geometry, device, workspace)
         self.max_model_len = usable_model_len(wanted, num_blocks, self.geometry.block_size)
         self.kv = KVManager(num_blocks, self.geometry.block_size, config.cache.prefix_cache)
         self.cache = KVCache(self.geometry, num_blocks, device, scratch_blocks=1 if device.type == "cuda" else 0)

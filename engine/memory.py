@@ -7,23 +7,29 @@ import os
 
 import torch
 
-from kvbaton.engine.config import CacheConfig, ConfigError
+from kvbaton.engine.config import BatchConfig, CacheConfig, ConfigError
 from kvbaton.engine.kv_cache import KVGeometry
+from kvbaton.engine.model_config import ModelConfig
 
 log = logging.getLogger(__name__)
 
 CPU_DEFAULT_BYTES = 1 << 30
 CPU_SHARE = 0.5  # of the memory that is free now, at most
 MAX_DEFAULT_BLOCKS = 1 << 16  # a tiny model's blocks are so small that more would only cost bookkeeping
+MAX_ATTENTION_SPLITS = 64  # `kernels.triton_decode`'s, which only imports where triton is
+SLACK = 1.25  # what the allocator loses to fragments
 MIN_BLOCKS = 2  # one to hold a sequence's tokens, one to copy to
 
 
-def num_blocks_for(cache: CacheConfig, geometry: KVGeometry, device: torch.device) -> int:
-    """Raises `ConfigError` where the memory is not even enough for two blocks."""
+def num_blocks_for(cache: CacheConfig, geometry: KVGeometry, device: torch.device, workspace_bytes: int = 0) -> int:
+    """`workspace_bytes` of the device's memory are left for the steps themselves, where the pool's size is measured.
+
+    Raises `ConfigError` where the memory is not even enough for two blocks.
+    """
     if cache.kv_memory_bytes is not None:
         size = cache.kv_memory_bytes
     elif device.type == "cuda":
-        size = _cuda_bytes(cache, device)
+        size = _cuda_bytes(cache, device, workspace_bytes)
     else:
         size = min(_cpu_bytes(), MAX_DEFAULT_BLOCKS * geometry.block_bytes)
     count = size // geometry.block_bytes
@@ -43,11 +49,25 @@ def usable_model_len(max_model_len: int, num_blocks: int, block_size: int) -> in
     return min(max_model_len, room)
 
 
-def _cuda_bytes(cache: CacheConfig, device: torch.device) -> int:
-    """Measured when the weights are there already; the rest of the fraction is left for activations."""
+def step_workspace_bytes(model: ModelConfig, batch: BatchConfig, itemsize: int) -> int:
+    """What the largest step holds beside weights and pool, and the decode graphs again for themselves; an upper bound.
+
+    Activations of a layer for every token; logits of every running row, in the model's dtype and in float32; the parts
+    of split attention.
+    """
+    tokens = max(batch.max_tokens_per_step, batch.max_running)
+    inner = max(model.intermediate_size, model.moe.intermediate_size * model.moe.top_k if model.moe else 0)
+    layer = 4 * model.hidden_size + 3 * model.q_size + 2 * model.kv_size + 3 * inner
+    logits = batch.max_running * model.vocab_size * (itemsize + 4)
+    parts = batch.max_running * model.num_heads * MAX_ATTENTION_SPLITS * (model.head_dim + 2) * 4
+    return int(SLACK * (tokens * layer * itemsize + logits + 2 * parts))
+
+
+def _cuda_bytes(cache: CacheConfig, device: torch.device, workspace_bytes: int) -> int:
+    """Measured when the weights are there already."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    return int(free * cache.gpu_memory_fraction)
+    return max(0, min(int(free * cache.gpu_memory_fraction), free - workspace_bytes))
 
 
 def _cpu_bytes() -> int:

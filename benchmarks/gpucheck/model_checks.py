@@ -128,7 +128,7 @@ def experts(bench: Bench) -> Outcome:
         run(grouped, ends, layer, bench.kernels)
         for run in (experts_module.grouped_product, experts_module.product_per_expert)
     )
-    return Outcome(distance(got, want), 2e-2)
+    return Outcome(distance(got, want), 5e-2)  # two roundings to bfloat16, summed in another order
 
 
 def draws(vocab: int, kind: dict[str, float], bench: Bench) -> Outcome:

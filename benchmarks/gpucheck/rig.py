@@ -87,15 +87,20 @@ class Rig:
             raise ValueError(f"no graph holds {len(rows)} rows")
         return CapturedStep(self.graphs._graphs[bucket].replay, self.graphs._views(bucket)[1])
 
-    def prefill(self, tokens: int, chunk: int) -> None:
-        """Compute a prompt in chunks; the tokens of the last one are awaited."""
-        seq = self.sequences(1, tokens - 1)
-        if seq is None:
+    def prompt(self, tokens: int) -> Sequence:
+        """A sequence of which nothing is computed, with blocks for all of it."""
+        made = self.sequences(1, tokens - 1)
+        if made is None:
             raise ValueError(f"{tokens} tokens do not fit into {self.capacity_tokens}")
+        return made[0]
+
+    def prefill(self, seq: Sequence, chunk: int) -> None:
+        """Compute a prompt in chunks; the token drawn after the last one is awaited, and nothing of it kept."""
+        tokens = len(seq.tokens)
         for start in range(0, tokens, chunk):
-            seq[0].num_computed = start
+            seq.num_computed = start
             count = min(chunk, tokens - start)
-            self.runner.run([ScheduledRow(seq[0], count, (0,) if start + count == tokens else ())])
+            self.runner.run([ScheduledRow(seq, count, (0,) if start + count == tokens else ())])
 
     def close(self) -> None:
         """Give the memory back before the next model."""

@@ -132,7 +132,8 @@ def chunk_sizes(rig: Rig, name: str, clock: Clock, found: Ceilings) -> Iterator[
 
 def _prefilled(rig: Rig, name: str, tokens: int, chunk: int, clock: Clock, found: Ceilings) -> PrefillResult:
     few = Clock(clock.device, max(3, clock.reps // 4))
-    seconds = few.wall_s(lambda: rig.prefill(tokens, chunk))
+    seq = rig.prompt(tokens)
+    seconds = few.wall_s(lambda: rig.prefill(seq, chunk))
     flop = floors.prefill_flop(rig.config, tokens)
     return PrefillResult(name, tokens, chunk, seconds, flop, flop / found.matmul_flop_s, floors.PREFILL_GOAL)
 

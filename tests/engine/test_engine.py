@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbaton.engine import memory
-from kvbaton.engine.config import CacheConfig, ConfigError, EngineConfig
+from kvbaton.engine.config import BatchConfig, CacheConfig, ConfigError, EngineConfig
 from kvbaton.engine.engine import Engine, _independent, configure_threads
+from kvbaton.engine.hf_config import load_model_config
 from kvbaton.engine.kv_cache import KVGeometry
-from kvbaton.engine.memory import num_blocks_for, usable_model_len
+from kvbaton.engine.memory import num_blocks_for, step_workspace_bytes, usable_model_len
 from support.engine_driver import EngineDriver, output
 from support.oracle import TinyModels, prompts
 
@@ -71,6 +72,29 @@ def test_a_loaded_engine_says_what_it_is(config: EngineConfig) -> None:
     assert engine.geometry == GEOMETRY
     assert engine.cache.block_bytes == BLOCK_BYTES
     assert Engine.load(replace(config, max_model_len=100)).max_model_len == 100
+
+
+def test_steps_keep_their_memory_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool that takes all that is free after the weights leaves the first large step without memory."""
+    monkeypatch.setattr(memory.torch.cuda, "mem_get_info", lambda device: (1000 * BLOCK_BYTES, 2000 * BLOCK_BYTES))
+    gpu, cache = torch.device("cuda"), CacheConfig(gpu_memory_fraction=0.9)
+    assert num_blocks_for(cache, GEOMETRY, gpu) == 900
+    assert num_blocks_for(cache, GEOMETRY, gpu, 50 * BLOCK_BYTES) == 900
+    assert num_blocks_for(cache, GEOMETRY, gpu, 300 * BLOCK_BYTES) == 700
+    with pytest.raises(ConfigError, match="KV memory of 0 bytes"):
+        num_blocks_for(cache, GEOMETRY, gpu, 1001 * BLOCK_BYTES)
+
+
+def test_the_memory_of_a_step_is_counted_in_full(config: EngineConfig) -> None:
+    """Guards the three parts: activations, logits, partial attention (twice: the graphs have their own)."""
+    model = replace(load_model_config(config.model), vocab_size=1000, hidden_size=10, intermediate_size=20)
+    model = replace(model, num_heads=2, num_kv_heads=1, head_dim=6)
+    batch = BatchConfig(max_tokens_per_step=100, max_running=8)
+    layer = 4 * 10 + 3 * 12 + 2 * 6 + 3 * 20
+    wanted = 100 * layer * 2 + 8 * 1000 * (2 + 4) + 2 * 8 * 2 * 64 * (6 + 2) * 4
+    assert step_workspace_bytes(model, batch, 2) == wanted * 5 // 4
+    decode = pytest.importorskip("kvbaton.kernels.triton_decode", reason="triton is not installed on this platform")
+    assert decode.MAX_SPLITS == memory.MAX_ATTENTION_SPLITS
 
 
 def test_prefix_cache_can_be_off(config: EngineConfig) -> None:
