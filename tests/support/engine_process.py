@@ -94,12 +94,6 @@ class EngineProcess:
         """Register as being in another state."""
         self._ask(("announce", state))
 
-    def resources(self) -> tuple[int, int]:
-        """Open file descriptors and resident bytes."""
-        files = len(os.listdir(f"/proc/{self.pid}/fd"))
-        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
-        return files, pages * os.sysconf("SC_PAGE_SIZE")
-
     def blocks_of(self, tokens: list[int]) -> dict[int, str]:
         """Digest of each cached block of a prompt, by position: what the pool really holds."""
         found: dict[int, str] = self._ask(("blocks", tokens))
