@@ -1,7 +1,7 @@
 """The end of a launch that could not end itself: `python reaper.py MARKER FOLDER`, reading a pipe from the launcher.
 
 When the pipe closes, because the launcher has ended in whatever way, every process that carries MARKER in its
-environment is killed and FOLDER is removed. Ray's processes mostly die with their driver by themselves; its agents
+environment, or has a file below FOLDER open, is killed, and FOLDER is removed. Ray's processes mostly die with their driver by themselves; its agents
 wait for a server that is gone, for a minute and longer. Standard library only: it starts in isolated mode.
 """
 
@@ -45,22 +45,42 @@ class Reaper:
             self._process.wait()
 
 
-def marked_processes(marker: str) -> list[int]:
-    """Processes of this user, the caller excepted, whose environment holds the marker."""
-    wanted = f"{MARKER_VARIABLE}={marker}".encode()
+def processes_of(marker: str, folder: str) -> list[int]:
+    """Processes of this user, the caller excepted, that belong to the launch.
+
+    Ray's agents write their title over a part of their environment, and the marker may have been there; but they keep
+    their logs open.
+    """
+    wanted, inside = f"{MARKER_VARIABLE}={marker}".encode(), f"{folder}/"
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and int(entry) != os.getpid()]
+    return [pid for pid in pids if wanted in _environment(pid) or _any_inside(pid, inside)]
+
+
+def _any_inside(pid: int, folder: str) -> bool:
+    return any(path.startswith(folder) for path in _open_files(pid))
+
+
+def _environment(pid: int) -> list[bytes]:
+    """Empty for a process that has gone or belongs to another user."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def _open_files(pid: int) -> list[str]:
     found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) != os.getpid():
+    with contextlib.suppress(OSError):
+        for entry in os.listdir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
-                if wanted in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0"):
-                    found.append(int(entry))
+                found.append(os.readlink(f"/proc/{pid}/fd/{entry}"))
     return found
 
 
-def reap(marker: str) -> None:
+def reap(marker: str, folder: str) -> None:
     """Kill until none is left: the last round may have started another."""
     for _ in range(_ROUNDS):
-        processes = marked_processes(marker)
+        processes = processes_of(marker, folder)
         if not processes:
             return
         for pid in processes:
@@ -74,7 +94,7 @@ def main(argv: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.buffer.read()
-    reap(marker)
+    reap(marker, folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
