@@ -1,8 +1,9 @@
 """The end of a launch that could not end itself: `python reaper.py MARKER FOLDER`, reading a pipe from the launcher.
 
 When the pipe closes, because the launcher has ended in whatever way, every process that carries MARKER in its
-environment, or has a file below FOLDER open, is killed, and FOLDER is removed. Ray's processes mostly die with their driver by themselves; its agents
-wait for a server that is gone, for a minute and longer. Standard library only: it starts in isolated mode.
+environment, or has a file below FOLDER open, is killed, and FOLDER is removed. Ray's processes mostly die with their
+driver by themselves; its agents wait for a server that is gone, for a minute and longer. Standard library only: it
+starts in isolated mode.
 """
 
 from __future__ import annotations
