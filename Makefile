@@ -3,6 +3,7 @@
 #   make serve        install, make a tiny model, start 1 prefill + 1 decode engine, endpoint on http://127.0.0.1:8000
 #   make test         install what the tests need and run all of them
 #   make lint         ruff and mypy only
+#   make chaos        every state x every fault, then MINUTES=10 of streams while engines are killed, frozen and cut off
 #   make gpu-check    check every kernel on this machine's GPU and time its steps against the hardware's floor
 #   make clean        remove .venv, caches and the tiny model
 #
@@ -25,6 +26,7 @@ DEVICE ?= auto
 DTYPE ?= auto
 ARGS ?=
 PYTEST_ARGS ?=
+MINUTES ?= 10
 VENV_ARGS ?=
 
 VENV := .venv
@@ -37,7 +39,7 @@ TORCH ?= $(if $(and $(filter-out cpu,$(DEVICE)),$(shell command -v nvidia-smi)),
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help serve test lint gpu-check clean venv
+.PHONY: help serve test chaos lint gpu-check clean venv
 
 help:
 	@sed -n '3,10s/^# \{0,1\}//p' Makefile
@@ -48,6 +50,10 @@ serve: $(VENV)/.installed $(if $(filter models/tiny,$(MODEL)),models/tiny/config
 
 test: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+chaos: $(VENV)/.installed-test
+	@KVBATON_FAULT_MATRIX=docs/results/fault_matrix.md $(BIN)/python -m pytest -m 'chaos or not chaos' tests/faults
+	PYTHONPATH=tests $(BIN)/python benchmarks/chaos.py --minutes $(MINUTES)
 
 lint: $(VENV)/.installed-test
 	@$(BIN)/ruff check .

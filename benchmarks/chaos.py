@@ -44,6 +44,7 @@ async def soak(args: argparse.Namespace, folder: Path) -> Report:
     load = Load(cluster, prompts, args.rate, Random(args.seed))
     faults = Faults(cluster, Random(args.seed + 1), SPARED)
     try:
+        await load.warm_every_pair()
         before = await _calm(cluster, load)
         started = time.monotonic()
         disturbing = asyncio.create_task(faults.run(args.every, 60.0 * args.minutes))

@@ -11,9 +11,9 @@ from random import Random
 
 from kvbaton.cluster.client_types import Overloaded
 from kvbaton.engine.request import Request, SamplingParams
-from kvbaton.router.engine_info import Role
+from kvbaton.router.engine_info import EngineState, Role
 from support.engine_process import EngineOptions
-from support.live_cluster import LiveCluster, Stream
+from support.live_cluster import LiveCluster, Stream, until
 from support.oracle import oracle_tokens, prompts
 
 LEAVES = 0.05  # the share of clients that go before the end
@@ -69,6 +69,25 @@ class Load:
         self._rng = rng
         self._serial = 0
         self._running: set[asyncio.Task[None]] = set()
+
+    async def warm_every_pair(self) -> None:
+        """A long prompt from each prefill to each decode engine: every connection exists when they are counted."""
+        engines = self._cluster.engines
+        long = max(self._cases, key=lambda case: len(case.request.prompt))
+        for prefill in [name for name in engines if name.startswith("prefill")]:
+            for decode in [name for name in engines if name.startswith("decode")]:
+                for name, engine in engines.items():
+                    state = EngineState.READY if name in (prefill, decode) else EngineState.DRAINING
+                    await asyncio.to_thread(engine.announce, state)
+                await until(lambda: self._num_ready() == 2, "one pair takes requests")
+                salted = replace(long.request, request_id=f"warm-{prefill}-{decode}", cache_salt=f"{prefill}-{decode}")
+                await self._cluster.stream(salted).end()
+        for engine in engines.values():
+            await asyncio.to_thread(engine.announce, EngineState.READY)
+        await self._cluster.until_connected()
+
+    def _num_ready(self) -> int:
+        return sum(info.state is EngineState.READY for info in self._cluster.router.engines)
 
     async def run(self, seconds: float) -> None:
         started = time.monotonic()
