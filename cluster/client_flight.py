@@ -80,7 +80,7 @@ class SampleMove:
     target: Attempt
     done: asyncio.Future[str]
     ahead: list[TokenOutput] = field(default_factory=list)  # the target's, which overtook the source's last ones
-    target_lost: bool = False
+    target_lost: str = ""  # why the target will not take it; only the source knows whether it had gone before
 
 
 @dataclass(slots=True)

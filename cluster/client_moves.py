@@ -116,7 +116,7 @@ class ClientMoves:
         if move is None or move.source.second is not session or move.target.request.epoch != moved.new_epoch:
             return
         if not moved.moved:
-            self._end(move, moved.reason or "the source goes on")
+            self._end(move, move.target_lost or moved.reason or "the source goes on")
         elif move.target_lost:
             reason = f"moved to {move.target.second.info.engine_id}, which was lost"
             self._end(move, reason)
@@ -180,7 +180,7 @@ class ClientMoves:
         """Only the source knows whether the sample had left it."""
         if not move.target_lost:
             log.warning("request %s: its move to %s failed: %s", *_names(move), reason)
-            move.target_lost = True
+            move.target_lost = reason or "it was lost"
             move.source.second.move(_order(move, None))
             self._host.forget(move.target)
 

@@ -1,0 +1,267 @@
+"""The real cluster client and router over toy nodes, in one thread: sessions are queues that a test empties by hand.
+
+Engines are those of `toy_cluster`; what is between them and the client is only when things arrive: each node's answers
+wait in its `downlink` until the test delivers them, so that any two engines' words can overtake each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from dataclasses import replace
+
+from kvbaton.cluster.client import ClientConfig, ClusterClient
+from kvbaton.cluster.session_client import SessionLost
+from kvbaton.cluster.session_types import Move, Notice, Submit
+from kvbaton.cluster.worker_types import Abort, MoveOrder, Submitted
+from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenOutput
+from kvbaton.kvtransfer.loopback import LoopbackNetwork
+from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
+from kvbaton.router.placement import RouterConfig
+from kvbaton.router.router import Router
+from support.toy_cluster import BLOCK_SIZE, SECRET, Clock, Node
+from support.toy_engine import expected_tokens
+
+
+class ToySession:
+    """What the client sees of one connection to one engine incarnation."""
+
+    def __init__(self, session_id: int, node: Node, info: EngineInfo) -> None:
+        self.session_id = session_id
+        self.node = node
+        self.info = info
+        self.connected = True
+        self.downlink: deque[tuple[list[TokenOutput], EngineLoad, list[Notice]]] = deque()
+
+    def submit(self, submit: Submit) -> None:
+        if not self.connected:
+            raise SessionLost("no session")
+        self.node.put(Submitted(self.session_id, submit))
+
+    def abort(self, request_id: str, sample: int | None = None) -> None:
+        if self.connected:
+            self.node.put(Abort(self.session_id, request_id, sample))
+
+    def move(self, move: Move) -> None:
+        if self.connected:
+            self.node.put(MoveOrder(self.session_id, move))
+
+
+class ToyLinks:
+    """Stands for `EngineLinks`."""
+
+    def __init__(self) -> None:
+        self.sessions: dict[str, ToySession] = {}
+
+    def session(self, info: EngineInfo) -> ToySession | None:
+        session = self.sessions.get(info.engine_id)
+        known = session is not None and session.connected and session.info.generation == info.generation
+        return session if known else None
+
+    async def close(self) -> None:
+        self.sessions.clear()
+
+
+class ToyStream:
+    """Reads one `generate` and keeps what came."""
+
+    def __init__(self, client: ClusterClient, request: Request) -> None:
+        self.request = request
+        self.tokens: dict[int, list[int]] = {sample: [] for sample in request.sample_indices}
+        self.done: dict[int, FinishReason] = {}
+        self.cancelled = False
+        self.cut: set[int] = set()  # samples that the reader wants no more of
+        self._generator = client.generate(request)
+        self.task = asyncio.ensure_future(self._read())
+
+    @property
+    def over(self) -> bool:
+        return self.task.done()
+
+    def cancel(self) -> None:
+        """The client leaves."""
+        self.cancelled = True
+        self.task.cancel()
+
+    def assert_exact(self) -> None:
+        """Tokens so far are a prefix of the fault-free run's, all of it at the end; no stream ended with an error."""
+        if self.over and not self.cancelled:
+            self.task.result()
+            assert self.done.keys() | self.cut == self.tokens.keys(), "a stream ended before its samples did"
+        sampling = self.request.sampling
+        for sample, tokens in self.tokens.items():
+            whole = expected_tokens(self.request.prompt, sampling.max_tokens, sampling.seed, sample)
+            assert tokens == whole[: len(tokens)], f"{self.request.request_id} sample {sample}"
+            assert sample not in self.done or tokens == whole
+
+    async def _read(self) -> None:
+        try:
+            async for outputs in self._generator:
+                for output in outputs:
+                    assert output.sample not in self.done, "a token after the end"
+                    assert output.index == len(self.tokens[output.sample]), "a token is missing or doubled"
+                    assert output.token_id is not None
+                    self.tokens[output.sample].append(output.token_id)
+                    if output.finish is not None:
+                        self.done[output.sample] = output.finish
+        finally:
+            await self._generator.aclose()
+
+
+class ToyService:
+    """`start` engines, `submit`, then move everything by hand or `settle`."""
+
+    def __init__(self, num_blocks: int = 40) -> None:
+        self.clock = Clock()
+        self.num_blocks = num_blocks
+        self.network = LoopbackNetwork()
+        self.nodes: dict[str, Node] = {}
+        self.streams: dict[str, ToyStream] = {}
+        self.links = ToyLinks()
+        self.router = Router(RouterConfig(local_prefill_max_tokens=0), self.clock, random.Random(0))
+        config = ClientConfig(max_resumes=1 << 20, park_s=1e6)
+        self.client = ClusterClient(None, self.router, SECRET, "toy", config)  # type: ignore[arg-type]
+        self.client._links = self.links  # type: ignore[assignment]
+        self._generations: dict[str, int] = {}
+        self._session_ids = iter(range(1, 1 << 30))
+
+    def start(self, name: str, role: Role, num_blocks: int | None = None) -> Node:
+        """Start an engine, or a new generation of one that died."""
+        self._generations[name] = self._generations.get(name, 0) + 1
+        blocks = num_blocks or self.num_blocks
+        node = self.nodes[name] = Node(name, self._generations[name], self.network, self.clock, blocks)
+        address = node.address
+        info = EngineInfo(
+            name, address.generation, role, EngineState.READY, "h", 1, address.port, "toy", 4096, BLOCK_SIZE, blocks
+        )
+        self._connect(node, replace(info, host=address.host))
+        return node
+
+    def _connect(self, node: Node, info: EngineInfo) -> None:
+        session = ToySession(next(self._session_ids), node, info)
+        self.links.sessions[node.name] = session
+        self.client.connected(session, info, node.worker.load(0.0))  # type: ignore[arg-type]
+
+    def kill(self, name: str) -> None:
+        self.nodes[name].die()
+        self._lose(name)
+        self.client.removed(name)
+
+    def reconnect(self, name: str) -> None:
+        """The session breaks and comes back; the engine lives."""
+        session = self.links.sessions[name]
+        self._lose(name)
+        self.nodes[name].put(Abort(session.session_id, None))
+        self._connect(session.node, session.info)
+
+    def _lose(self, name: str) -> None:
+        session = self.links.sessions[name]
+        if session.connected:
+            session.connected = False
+            self.client.lost(session, "lost by the test")  # type: ignore[arg-type]
+
+    def set_state(self, name: str, state: EngineState) -> None:
+        """What the registry says of an engine."""
+        session = self.links.sessions[name]
+        session.info = replace(session.info, state=state)
+        self.client.changed(session.info)
+
+    async def submit(self, name: str, prompt: tuple[int, ...], max_tokens: int, n: int = 1) -> ToyStream:
+        request = Request(name, prompt, SamplingParams(max_tokens=max_tokens, n=n), tuple(range(n)))
+        stream = self.streams[name] = ToyStream(self.client, request)
+        await self.breathe()
+        return stream
+
+    def where(self, name: str, sample: int = 0) -> str | None:
+        """The engine that decodes a sample, None while nobody does."""
+        flight = self.client._flights.get(name)
+        attempt = None if flight is None else flight.samples[sample].attempt
+        return None if attempt is None or not attempt.decodes(sample) else attempt.second.info.engine_id
+
+    def step(self, name: str) -> None:
+        """One engine step; its answers wait in the downlink."""
+        node, session = self.nodes[name], self.links.sessions.get(name)
+        if not node.alive or session is None:
+            return
+        while node.inbox:
+            node.worker.handle(node.inbox.popleft(), self.clock())
+        node.worker.step(self.clock())
+        outputs = node.worker.take_outputs().get(session.session_id, [])
+        notices = [notice for sid, notice in node.worker.outbox.take_notices() if sid == session.session_id]
+        session.downlink.append((outputs, node.worker.load(0.01), notices))
+
+    async def deliver(self, name: str) -> None:
+        """What an engine has said arrives."""
+        session = self.links.sessions.get(name)
+        while session is not None and session.connected and session.downlink:
+            outputs, load, notices = session.downlink.popleft()
+            self.client.step(session, outputs, load)  # type: ignore[arg-type]
+            for notice in notices:
+                self.client.notice(session, notice)  # type: ignore[arg-type]
+        await self.breathe()
+
+    async def run(self, times: int = 1) -> None:
+        """Everything moves, in order."""
+        for _ in range(times):
+            for name, node in list(self.nodes.items()):
+                node.poll()
+                self.step(name)
+                await self.deliver(name)
+
+    async def until(self, condition: object, rounds: int = 400) -> None:
+        for _ in range(rounds):
+            if condition():  # type: ignore[operator]
+                return
+            await self.run()
+        raise AssertionError("it never came to that")
+
+    async def breathe(self) -> None:
+        """Let the readers read."""
+        for _ in range(4):
+            await asyncio.sleep(0)
+
+    async def settle(self, rounds: int = 3000) -> None:
+        """Until every stream is over and nothing is held; the clock moves, so that what only time can end ends."""
+        for turn in range(rounds):
+            for node in self.nodes.values():
+                if node.alive:
+                    node.release()
+            await self.run()
+            if turn % 8 == 0:
+                self.clock.now += 0.2
+            if self.quiet():
+                return
+        held = {name: node.worker.audit() for name, node in self.nodes.items() if node.alive}
+        raise AssertionError(f"never quiet: {[name for name, s in self.streams.items() if not s.over]} {held}")
+
+    def quiet(self) -> bool:
+        return all(stream.over for stream in self.streams.values()) and all(
+            not node.inbox
+            and not node.mail
+            and node.worker.empty()
+            and not (node.agent.stats().sending or node.agent.stats().receiving)
+            for node in self.nodes.values()
+            if node.alive
+        )
+
+    def audit(self) -> None:
+        """What must hold at every moment."""
+        for name, node in self.nodes.items():
+            if node.alive:
+                assert node.worker.audit().problems == (), name
+                node.audit()
+
+    def assert_clean(self) -> None:
+        for stream in self.streams.values():
+            stream.assert_exact()
+        for node in self.nodes.values():
+            if node.alive:
+                node.assert_clean()
+        assert self.client.in_flight == 0
+        assert self.client._attempts == {}
+        assert len(self.client.moves) == 0
+        for info in self.router.engines:
+            view = self.router.view(info.engine_id)
+            assert view is not None
+            assert (view.own_prefill_tokens, view.own_requests, view.own_context_tokens) == (0, 0, 0), info.engine_id
