@@ -47,13 +47,14 @@ class Reaper:
 
 
 def processes_of(marker: str, folder: str) -> list[int]:
-    """Processes of this user, the caller excepted, that belong to the launch.
+    """Processes of this user that belong to the launch, but for the caller and its parent: the launcher itself.
 
     Ray's agents write their title over a part of their environment, and the marker may have been there; but they keep
     their logs open.
     """
     wanted, inside = f"{MARKER_VARIABLE}={marker}".encode(), f"{folder}/"
-    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and int(entry) != os.getpid()]
+    spared = (os.getpid(), os.getppid())
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and int(entry) not in spared]
     return [pid for pid in pids if wanted in _environment(pid) or _any_inside(pid, inside)]
 
 

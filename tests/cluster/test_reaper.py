@@ -75,7 +75,8 @@ def test_reaping_kills_those_and_only_those(bystanders: Bystanders, tmp_path: Pa
 def test_leaving_the_block_ends_everything_and_the_folder(bystanders: Bystanders, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    with Reaper(MARKER, folder):
+    own = (folder / "own.log").open("w")  # by which the owner, this process, must not be taken for one of them
+    with own, Reaper(MARKER, folder):
         marked = bystanders.start(**{MARKER_VARIABLE: MARKER})
         assert bystanders.alive(marked)
         assert folder.exists()
