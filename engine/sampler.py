@@ -20,6 +20,7 @@ from kvbaton.engine.philox import draw_keys
 from kvbaton.engine.request import TokenLogprobs
 from kvbaton.engine.sequence import Sequence
 from kvbaton.engine.token_draw import draw_tokens
+from kvbaton.kernels.argmax import best_tokens
 
 LEAST_TEMPERATURE = 1e-5  # below, the best token has all the probability that a float can tell from 1
 
@@ -55,11 +56,11 @@ def _choose(logits: torch.Tensor, draws: list[Draw]) -> list[int]:
     random = [i for i, draw in enumerate(draws) if not _is_greedy(draw)]
     edited = _edited(logits, draws)
     if not random:
-        best: list[int] = edited.argmax(-1).tolist()
+        best: list[int] = best_tokens(edited).tolist()
         return best
     tokens = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
     if greedy:
-        tokens[greedy] = edited[greedy].argmax(-1)
+        tokens[greedy] = best_tokens(edited[greedy])
     drawn = [draws[i] for i in random]
     keys = draw_keys(
         [d.seq.sampling.seed for d in drawn], [d.sample for d in drawn], [len(d.seq.tokens) for d in drawn]

@@ -88,6 +88,7 @@ def kernels_for(device: torch.device, kv_dtype: torch.dtype | None = None) -> Ke
         return reference
     if device.type == "cpu":
         from kvbaton.kernels.cpu import CpuKernels
+        from kvbaton.kernels.native_attention import native_attention
 
-        return CpuKernels()
+        return CpuKernels(native_attention())
     raise ValueError(f"no kernels for device {device}: use cpu or cuda")

@@ -1,7 +1,8 @@
 """The CPU back end: each operation in the form that measured fastest, with the reference's meaning.
 
-* Attention gathers whole [block_size, head_dim] tiles with one `index_select` for K and V and hands them to torch's
-  fused attention. The query heads of one KV head become its query rows, so nothing is repeated for GQA.
+* Attention is native where there is a compiler. Else it gathers whole [block_size, head_dim] tiles with one
+  `index_select` for K and V and hands them to torch's fused attention. The query heads of one KV head become its query
+  rows, so nothing is repeated for GQA.
 * Prefill runs a sequence at a time in tiles of queries that see only the keys up to their own last position.
 * Everything that depends on the step and not on the layer (`cpu_plan`, rotary factors, slots) is computed once a step.
 """
@@ -15,6 +16,7 @@ from kvbaton.kernels import reference
 from kvbaton.kernels.cpu_plan import QUERY_TILE, CpuPlan, DecodeGroup, PoolShape, PrefillSpan
 from kvbaton.kernels.cpu_step import CpuStep
 from kvbaton.kernels.meta import AttentionMeta
+from kvbaton.kernels.native_attention import NativeAttention
 
 # With this many rows, MKL's float32 product differs in the last bit between torch's main and worker threads, so a
 # result would depend on where its batch put it. With one row more it does not.
@@ -24,7 +26,9 @@ UNSTABLE_GROUPS = (1, 3)
 class CpuKernels:
     """`Kernels` on the CPU. Keeps what it derived from the last `AttentionMeta`; one instance serves one thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, attention: NativeAttention | None = None) -> None:
+        """`attention` takes the place of the plain PyTorch form of `paged_attention` where it fits."""
+        self._attention = attention
         self._last: CpuStep | None = None
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -68,6 +72,8 @@ class CpuKernels:
         scale: float,
         sliding_window: int | None,
     ) -> torch.Tensor:
+        if self._attention is not None and self._attention.fits(q, kv_cache):
+            return self._attention(q, kv_cache, layer, meta, scale, sliding_window)
         shape = PoolShape.of(kv_cache)
         plan = self._step(meta).plan(shape, sliding_window)
         tiles = shape.layer_tiles(kv_cache, layer)

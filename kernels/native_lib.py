@@ -74,7 +74,7 @@ _SIGNATURES: tuple[tuple[str, object, Sequence[object]], ...] = (
     ("kvb_workspace_bytes", _I, (_P, _P, _I)),
     ("kvb_forward", None, (_P, _P, _P, _P, _P, _P)),
     ("kvb_logits", None, (_P, _P, _P, _I, _P, _P)),
-    ("kvb_argmax", None, (_P, _P, _I, _I, _P)),
+    ("kvb_argmax", None, (_P, _I, _I, _P)),
     ("kvb_linear", None, (_P, _I, _P, _P, _P, _P, _I, _I, _I, _P)),
     ("kvb_attention_bytes", _I, (_P, _P, _I)),
     ("kvb_attention", None, (_P, _P, _P, _P, _P, _P)),

@@ -28,6 +28,7 @@ def load(args):
     cache = CacheConfig(kv_memory_bytes=1 << 30, prefix_cache=False)
     batch = BatchConfig(max_tokens_per_step=4096)
     engine = Engine.load(EngineConfig(Path(args.model), dtype=args.dtype, cache=cache, batch=batch))
+    engine.cache.pool.zero_()  # memory that has been used before, as after the first minute of a server
     worker = Worker(engine, NoHandoffs(), batch)
     numbers = itertools.count()
 

@@ -123,11 +123,6 @@ void kvb_attention(team *t, const kvb_heads *h, const kvb_batch *b, const void *
     team_run(t, attention_work, &args);
 }
 
-typedef struct {
-    const float *logits;
-    int64_t rows, vocab, *best;
-} argmax_args;
-
 static int64_t argmax_row(const float *x, int64_t n) {
     vf top[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
     vi odd = {0};
@@ -139,22 +134,16 @@ static int64_t argmax_row(const float *x, int64_t n) {
             top[j] = vmax(top[j], v);
         }
     float best = max_lanes(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
-    for (int64_t i = whole; i < n; i++) best = x[i] > best ? x[i] : best;
     int nan = 0;
     for (int j = 0; j < LANES; j++) nan |= odd[j] != 0;
-    for (int64_t i = whole; i < n; i++) nan |= x[i] != x[i];
+    for (int64_t i = whole; i < n; i++) {
+        best = x[i] > best ? x[i] : best;
+        nan |= x[i] != x[i];
+    }
     while (at < n - 1 && !(nan ? x[at] != x[at] : x[at] == best)) at++;
     return at;
 }
 
-static void argmax_work(member *me, const void *arg) {
-    const argmax_args *a = arg;
-    share s = share_of(me, a->rows, 1);
-    for (int64_t from, to; share_take(&s, &from, &to);)
-        for (int64_t i = from; i < to; i++) a->best[i] = argmax_row(a->logits + i * a->vocab, a->vocab);
-}
-
-void kvb_argmax(team *t, const float *logits, int64_t rows, int64_t vocab, int64_t *best) {
-    argmax_args args = {logits, rows, vocab, best};
-    team_run(t, argmax_work, &args);
+void kvb_argmax(const float *logits, int64_t rows, int64_t vocab, int64_t *best) {
+    for (int64_t i = 0; i < rows; i++) best[i] = argmax_row(logits + i * vocab, vocab);
 }

@@ -70,7 +70,7 @@ void kvb_forward(team *t, const kvb_model *m, const kvb_batch *b, const int64_t 
 /* hidden [rows, hidden] -> logits [rows, vocab] float32. */
 void kvb_logits(team *t, const kvb_model *m, const void *hidden, int64_t rows, float *logits, void *work);
 /* best[i] = the first index of the largest of logits [rows, vocab]; a NaN counts as largest, as in torch. */
-void kvb_argmax(team *t, const float *logits, int64_t rows, int64_t vocab, int64_t *best);
+void kvb_argmax(const float *logits, int64_t rows, int64_t vocab, int64_t *best);
 
 /* Single operations; x [rows, in] contiguous. */
 void kvb_linear(team *t, int64_t dtype, const void *x, const void *packed, const float *bias, void *y, int64_t rows,

@@ -145,12 +145,7 @@ static void FN(tile)(int64_t rows, const FN(act) * x, int64_t x_stride, const FN
     }
 }
 
-/* silu(gate) * up, each step rounded as the model's own operators would. */
-INLINE vf FN(swiglu)(vf gate, vf up) {
-    gate = FN(rounded)(gate);
-    vf silu = FN(rounded)(gate / (vexp(vmin(-gate, splat(88.0f))) + 1.0f));
-    return silu * FN(rounded)(up);
-}
+INLINE vf FN(swiglu)(vf gate, vf up) { return gate / (vexp(vmin(-gate, splat(88.0f))) + 1.0f) * up; }
 
 /* Writes sums [rows][PANEL] of columns col.. to rows first.. of the product's output. */
 static void FN(finish)(const FN(product) * p, const float *sums, int64_t first, int64_t rows, int64_t col) {
@@ -183,9 +178,9 @@ static void FN(finish)(const FN(product) * p, const float *sums, int64_t first, 
             }
             FN(store) *y = (FN(store) *)p->y + at;
             if (n >= LANES) {
-                FN(put)(y, p->to == TO_RESIDUAL ? FN(rounded)(v[j]) + FN(load)(y) : v[j]);
+                FN(put)(y, p->to == TO_RESIDUAL ? v[j] + FN(load)(y) : v[j]);
             } else {
-                FN(put_n)(y, p->to == TO_RESIDUAL ? FN(rounded)(v[j]) + FN(load_n)(y, n) : v[j], n);
+                FN(put_n)(y, p->to == TO_RESIDUAL ? v[j] + FN(load_n)(y, n) : v[j], n);
             }
         }
     }

@@ -1,6 +1,6 @@
 /* Norms, rotary embedding with the KV write, and reading an embedding back out of packed weights. */
 
-/* y = x / rms(x), rounded, times weight: in float inside, as the reference rounds. */
+/* y = x / rms(x) * weight, in float inside, rounded once. */
 #define NORM_BODY(PUT, PUT_N)                                                                                          \
     vf squares = {0};                                                                                                  \
     int64_t whole = n / LANES * LANES;                                                                                 \
@@ -13,9 +13,9 @@
         squares += v * v;                                                                                              \
     }                                                                                                                  \
     float inverse = 1.0f / sqrtf(sum_lanes(squares) / (float)n + (float)eps);                                          \
-    for (int64_t i = 0; i < whole; i += LANES) PUT(y + i, FN(load)(weight + i) * FN(rounded)(FN(load)(x + i) * inverse)); \
+    for (int64_t i = 0; i < whole; i += LANES) PUT(y + i, FN(load)(weight + i) * (FN(load)(x + i) * inverse)); \
     if (whole < n)                                                                                                     \
-        PUT_N(y + whole, FN(load_n)(weight + whole, n - whole) * FN(rounded)(FN(load_n)(x + whole, n - whole) * inverse), \
+        PUT_N(y + whole, FN(load_n)(weight + whole, n - whole) * (FN(load_n)(x + whole, n - whole) * inverse), \
               n - whole);
 
 static void FN(norm_act)(const FN(store) * x, const FN(store) * weight, FN(act) * y, int64_t n, double eps) {

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from kvbaton.kernels import reference
-from kvbaton.kernels.backend import Kernels, kernels_for
+from kvbaton.kernels.backend import Kernels
 from kvbaton.kernels.cpu import CpuKernels
 from kvbaton.kernels.meta import build_attention_meta
+from kvbaton.kernels.native_attention import native_attention
 from support.kernel_cases import CPU, Case, Shape, expected_attention, expected_rope, make_case, written_slots
 
 MIXED = ((1, 1, 1, 1, 7, 40, 1, 130), (1, 16, 33, 300, 7, 75, 18, 210))
@@ -43,9 +44,18 @@ def _nan_in_new_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "torch", "native"])
 def kernels(request: pytest.FixtureRequest) -> Kernels | ModuleType:
-    return reference if request.param == "reference" else kernels_for(CPU)
+    if request.param == "reference":
+        return reference
+    return CpuKernels() if request.param == "torch" else native_kernels()
+
+
+def native_kernels() -> CpuKernels:
+    attention = native_attention()
+    if attention is None:
+        pytest.skip("no native library here: see the log for the reason")
+    return CpuKernels(attention)
 
 
 def run_layer(kernels: Kernels | ModuleType, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
