@@ -24,7 +24,7 @@ class SessionLimits:
     max_sessions: int = 256
     handshake_s: float = 5.0
     beat_s: float = 1.0
-    silence_s: float = 5.0
+    silence_s: float = 10.0
 
 
 class ConnectionOwner(Protocol):
