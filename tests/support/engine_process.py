@@ -20,6 +20,7 @@ from typing import Any
 from kvbaton.cluster.engine_host import EngineHost, EngineHostSettings, EngineStats
 from kvbaton.cluster.redis_store import RedisStore
 from kvbaton.cluster.store import MemoryStore
+from kvbaton.engine.block_owners import BlockAudit
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
 from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.router.engine_info import EngineInfo, EngineState, Role
@@ -81,6 +82,11 @@ class EngineProcess:
     def stats(self) -> EngineStats:
         stats: EngineStats = self._ask("stats")
         return stats
+
+    def audit(self) -> BlockAudit:
+        """Every block by its owner, counted between two steps."""
+        audit: BlockAudit = self._ask("audit")
+        return audit
 
     def slow_down(self, step_s: float) -> None:
         """Every forward pass takes this much longer; 0 also ends a wait in progress."""
@@ -192,6 +198,8 @@ async def _serve(pipe: Connection, settings: EngineHostSettings, store_url: str 
 async def _answer(host: EngineHost, question: Any) -> Any:
     if question == "stats":
         return await host.stats()
+    if question == "audit":
+        return await host.audit()
     kind, value = question
     parts = _parts(host)
     if kind == "blocks":

@@ -114,6 +114,10 @@ class LocalCluster:
         for s in stats:
             assert s.transfer.quarantined_blocks == 0
             assert s.load.free_blocks + s.load.held_blocks + s.load.cached_blocks == s.info.num_blocks
+        for name, engine in self.engines.items():
+            audit = await asyncio.to_thread(engine.audit)
+            assert audit.problems == (), name
+            assert (audit.held, audit.free + audit.cache) == (0, audit.total), name
 
     async def until(self, holds: Callable[[], bool], what: str, within_s: float = 20.0) -> None:
         deadline = time.monotonic() + within_s
