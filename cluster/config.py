@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from kvbaton.engine.config import KV_DTYPES, BatchConfig, CacheConfig, ConfigError, EngineConfig
+from kvbaton.kvtransfer.settings import CHECKSUM_OFF, CHECKSUMS
 
 GIB = 1 << 30
 GPU_BLOCK_SIZE = 64
@@ -95,7 +96,8 @@ class EngineSettings:
 
 @dataclass(frozen=True, slots=True)
 class TransferSettings:
-    """KV transfer between engines; see `kvtransfer.settings`. `ucx_tls` goes to UCX as UCX_TLS."""
+    """KV transfer between engines; see `kvtransfer.settings`. `ucx_tls` goes to UCX as UCX_TLS. `checksum` is for
+    engines on CPU."""
 
     ucx_tls: str = "all"
     lease_s: Seconds = 10.0
@@ -103,6 +105,7 @@ class TransferSettings:
     drain_s: Seconds = 5.0
     send_window: Annotated[int, Range(1, 4096)] = 32
     bandwidth_floor: Annotated[int, ByteSize(0)] = 0
+    checksum: Annotated[str, OneOf(CHECKSUMS)] = CHECKSUM_OFF
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,8 +69,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """YAML 1.1 takes on, off, yes and no for booleans too, which would make `checksum: off` no text."""
+    boolean = "tag:yaml.org,2002:bool"
+    kept = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != boolean]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for first in "tTfF":
+        kept[first] = [*kept.get(first, []), (boolean, re.compile("(?:true|True|TRUE|false|False|FALSE)$"))]
+    return kept
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's own rule, which SafeLoader does not keep: a key appears once."""
+    """YAML 1.2's own rules, which SafeLoader does not keep: a key appears once, only true and false are booleans."""
+
+    yaml_implicit_resolvers = _resolvers()
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[object] = set()

@@ -25,7 +25,7 @@ def manager_settings(launch: Launch) -> ManagerSettings:
         secret=launch.secret,
         host="127.0.0.1" if config.ray.address is None else "",
         model_id=config.model.served_name,
-        transfer=_transfer(config.transfer),
+        transfer=transfer_settings(config.transfer),
     )
     placement = EnginePlacement(
         num_cpus=ENGINE_CPUS,
@@ -37,13 +37,15 @@ def manager_settings(launch: Launch) -> ManagerSettings:
     return ManagerSettings(launch.store, template, placement)
 
 
-def _transfer(settings: configuration.TransferSettings) -> TransferSettings:
+def transfer_settings(settings: configuration.TransferSettings) -> TransferSettings:
+    """What every engine's transfer agent gets."""
     return TransferSettings(
         lease_s=settings.lease_s,
         connect_s=settings.connect_s,
         drain_s=settings.drain_s,
         send_window=settings.send_window,
         bandwidth_floor_bytes_s=float(settings.bandwidth_floor),
+        checksum=settings.checksum,
     )
 
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import psutil
 
-from kvbaton.cluster.config import ClusterConfig, HttpSettings
+from kvbaton.cluster.config import ClusterConfig, HttpSettings, TransferSettings
 from kvbaton.cluster.devices import count_gpus, resolve_device
 from kvbaton.cluster.redis_store import RedisStore
 from kvbaton.cluster.store import StoreUnavailable
 from kvbaton.engine.config import ConfigError
 from kvbaton.engine.hf_config import load_model_config
 from kvbaton.engine.model_config import ModelConfig
+from kvbaton.kvtransfer.settings import CHECKSUM_OFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +40,20 @@ def check_launch(config: ClusterConfig) -> Preflight:
     device = config.engine.device if joined else resolve_device(config, num_gpus)
     if device == "auto":
         raise ConfigError("ray.address needs --device cpu or --device cuda: this machine's GPUs say nothing of others")
+    check_checksum(config.transfer, device)
     if not joined:
         check_port(config.http)
     if config.store.redis is not None:
         check_redis(config.store.redis, config.store.prefix)
     return Preflight(model, device, num_gpus)
+
+
+def check_checksum(transfer: TransferSettings, device: str) -> None:
+    """Raise `ConfigError` for checksums of blocks that never are in host memory."""
+    if device == "cuda" and transfer.checksum != CHECKSUM_OFF:
+        raise ConfigError(
+            f"transfer.checksum: {transfer.checksum} is for engines on CPU, and here KV is on GPUs; set it to off"
+        )
 
 
 def check_port(http: HttpSettings) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from kvbaton.kvtransfer.block_memory import BlockMemory
+from kvbaton.kvtransfer.checksum import block_sums
+from kvbaton.kvtransfer.counters import TransferCounters
 from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, Hello, check_compatible
 from kvbaton.kvtransfer.landing import LandingBlocks
 from kvbaton.kvtransfer.link import key_of
@@ -23,7 +25,7 @@ from kvbaton.kvtransfer.sender import SendHandoff
 from kvbaton.kvtransfer.session import Session
 from kvbaton.kvtransfer.session_owner import SessionOwner
 from kvbaton.kvtransfer.settings import Identity, TransferSettings
-from kvbaton.kvtransfer.stats import TransferStats, peer_stats
+from kvbaton.kvtransfer.stats import TransferStats
 from kvbaton.kvtransfer.thread import AgentThread
 from kvbaton.kvtransfer.transport import Channel, Transport, TransportError
 from kvbaton.kvtransfer.wire import Handle
@@ -34,7 +36,10 @@ _IDLE_WAIT_S = 3600.0
 
 
 class TransferAgent:
-    """`compatibility` lists (field, value) pairs that must be equal at both engines; `secret` is the cluster's."""
+    """`compatibility` lists (field, value) pairs that must be equal at both engines; `secret` is the cluster's.
+
+    Raises TransferSettingsError where the memory cannot have the checksum that `settings` ask for.
+    """
 
     def __init__(
         self,
@@ -51,7 +56,8 @@ class TransferAgent:
         self._memory = memory
         self._transport = transport
         self._secret = secret
-        self._compatibility = compatibility
+        self._compatibility = (*compatibility, ("kvtransfer.checksum", settings.checksum))
+        self._sums = block_sums(settings.checksum, memory)
         self._settings = settings
         self._on_event = on_event
         self._clock = clock
@@ -61,9 +67,7 @@ class TransferAgent:
         self._receivers: dict[HandoffKey, tuple[Session, ReceiveHandoff]] = {}
         self._landing = LandingBlocks(memory.num_blocks)
         self._roster = Roster()
-        self._totals = TransferStats()
-        self._failed = 0
-        self._acked = 0
+        self._counters = TransferCounters(memory.block_bytes)
         self._now = clock()
         self._tick_at = self._now
         self._thread = AgentThread(self, transport)
@@ -100,19 +104,7 @@ class TransferAgent:
 
     def stats(self) -> TransferStats:
         """Thread-safe; a moment's inconsistency between counters is possible while the agent runs."""
-        sessions = self._roster.snapshot()
-        return TransferStats(
-            bytes_sent=self._totals.bytes_sent + sum(s.meter.bytes_sent for s in sessions),
-            bytes_received=self._totals.bytes_received
-            + sum(s.blocks_received for s in sessions) * self._memory.block_bytes,
-            messages=self._totals.messages + sum(s.messages for s in sessions),
-            handoffs_failed=self._failed,
-            handoffs_acked=self._acked,
-            sending=len(self._senders),
-            receiving=len(self._receivers),
-            quarantined_blocks=sum(s.quarantined_blocks() for s in sessions),
-            peers=tuple(p for s in sessions if (p := peer_stats(s)) is not None),
-        )
+        return self._counters.stats(self._roster.snapshot(), len(self._senders), len(self._receivers))
 
     def start(self) -> None:
         """Run on an own thread until `close`. Raises TransportError if the transport cannot open."""
@@ -272,6 +264,7 @@ class TransferAgent:
             generation=self._address.generation,
             block_bytes=self._memory.block_bytes,
             settings=self._settings,
+            sums=self._sums,
             emit=self._emit,
             opened=self._opened,
             offered=self._offered,
@@ -312,12 +305,7 @@ class TransferAgent:
 
     def _retire(self, session: Session) -> None:
         if self._roster.remove(session):
-            t = self._totals
-            self._totals = TransferStats(
-                bytes_sent=t.bytes_sent + session.meter.bytes_sent,
-                bytes_received=t.bytes_received + session.blocks_received * self._memory.block_bytes,
-                messages=t.messages + session.messages,
-            )
+            self._counters.retire(session)
 
     # what sessions report
 
@@ -337,8 +325,7 @@ class TransferAgent:
             self._landing.release(key)
 
     def _emit(self, event: Event) -> None:
-        self._failed += isinstance(event, Failed)
-        self._acked += isinstance(event, Released) and event.acked
+        self._counters.on_event(event)
         self._on_event(event)
 
     def abandon(self, reason: str) -> None:

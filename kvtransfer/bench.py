@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kvbaton.kvtransfer.perftest import tag_bandwidth
+from kvbaton.kvtransfer.settings import CHECKSUM_OFF, CHECKSUMS
 
 _KIB = 1024
 _SINGLES = 20
@@ -37,6 +38,7 @@ class BenchOptions:
     blocks_each: int = 32
     concurrent: int = 2
     pool_megabytes: int = 256
+    checksum: str = CHECKSUM_OFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class BenchRow:
     handoff_gb_s: float
     ratio: float
     one_block_us: float
+    checksum: str
     transports: str
 
 
@@ -108,8 +111,9 @@ def _measure_size(options: BenchOptions, tls: str, size: int, prefill: BenchProc
     each = min(options.blocks_each, blocks)
     pool = max(each * options.concurrent, min(blocks, (options.pool_megabytes << 20) // size))
     pool -= pool % each
-    port = decode.ask(do="open", side="decode", num_blocks=pool, block_bytes=size)["port"]
-    prefill.ask(do="open", side="prefill", num_blocks=pool, block_bytes=size)
+    memory = {"do": "open", "num_blocks": pool, "block_bytes": size, "checksum": options.checksum}
+    port = decode.ask(**memory, side="decode")["port"]
+    prefill.ask(**memory, side="prefill")
     run = {"do": "run", "port": port, "blocks_each": each, "concurrent": options.concurrent}
     prefill.ask(**run, handoffs=max(2, pool // each))
     pairs, singles = [], []
@@ -130,6 +134,7 @@ def _measure_size(options: BenchOptions, tls: str, size: int, prefill: BenchProc
         handoff_gb_s=statistics.median(o for _, o in pairs) / 1e9,
         ratio=statistics.median(o / p for p, o in pairs),
         one_block_us=statistics.median(singles),
+        checksum=options.checksum,
         transports=transports,
     )
 
@@ -148,9 +153,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tls", nargs="+", default=list(defaults.tls), help="UCX_TLS settings")
     parser.add_argument("--rounds", type=int, default=defaults.rounds)
     parser.add_argument("--megabytes", type=int, default=defaults.megabytes, help="moved per round and size")
+    parser.add_argument("--checksum", choices=CHECKSUMS, default=CHECKSUM_OFF, help="of each block, at both ends")
     parser.add_argument("--json", type=Path, default=None, help="write the rows there")
     given = parser.parse_args(argv)
-    options = BenchOptions(tuple(given.sizes), tuple(given.tls), given.rounds, given.megabytes)
+    options = BenchOptions(tuple(given.sizes), tuple(given.tls), given.rounds, given.megabytes, checksum=given.checksum)
     sys.stdout.write(
         f"{'UCX_TLS':>8} {'block':>10} {'perftest':>10} {'hand-off':>10} {'ratio':>7} {'1 block':>9}  transports\n"
         f"{'':>8} {'':>10} {'GB/s':>10} {'GB/s':>10} {'':>7} {'us':>9}\n"

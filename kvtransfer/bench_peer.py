@@ -52,10 +52,10 @@ class HostBlocks:
         return memoryview(self._array[block_id])
 
 
-def make_agent(name: str, memory: HostBlocks, on_event: Callable[[Event], None]) -> TransferAgent:
+def make_agent(name: str, memory: HostBlocks, checksum: str, on_event: Callable[[Event], None]) -> TransferAgent:
     transport = UcxTransport(memory)
     identity = PeerAddress(name, 1, transport.host, transport.port)
-    settings = TransferSettings()
+    settings = TransferSettings(checksum=checksum)
     agent = TransferAgent(memory, identity, transport, _SECRET, (), settings, on_event, time.monotonic)
     agent.start()
     return agent
@@ -64,10 +64,10 @@ def make_agent(name: str, memory: HostBlocks, on_event: Callable[[Event], None])
 class DecodeSide:
     """Grants every offer into the next blocks of the pool, in turn, and acknowledges what has landed."""
 
-    def __init__(self, memory: HostBlocks) -> None:
+    def __init__(self, memory: HostBlocks, checksum: str) -> None:
         self._memory = memory
         self._next = 0
-        self.agent = make_agent("decode", memory, self._on_event)
+        self.agent = make_agent("decode", memory, checksum, self._on_event)
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Offered):
@@ -92,7 +92,7 @@ class Load:
 class PrefillSide:
     """Hands off as fast as the peer takes it, all on the agent's thread as an engine's events would drive it."""
 
-    def __init__(self, memory: HostBlocks) -> None:
+    def __init__(self, memory: HostBlocks, checksum: str) -> None:
         self._memory = memory
         self._finished = threading.Event()
         self._failure = ""
@@ -102,7 +102,7 @@ class PrefillSide:
         self._timed_from = 0.0
         self._timed_until = 0.0
         self._peer = PeerAddress("", 0, "", 0)
-        self.agent = make_agent("prefill", memory, self._on_event)
+        self.agent = make_agent("prefill", memory, checksum, self._on_event)
 
     def run(self, peer: PeerAddress, load: Load) -> float:
         """Seconds from the release that ends the warm-up to the last one, as perftest's clock runs."""
@@ -152,7 +152,8 @@ def main() -> int:
         answer: dict[str, object] = {}
         if command["do"] == "open":
             memory = HostBlocks(command["num_blocks"], command["block_bytes"])
-            side = PrefillSide(memory) if command["side"] == "prefill" else DecodeSide(memory)
+            make = PrefillSide if command["side"] == "prefill" else DecodeSide
+            side = make(memory, command["checksum"])
             answer = {"port": side.agent.address().port}
         elif command["do"] == "run" and isinstance(side, PrefillSide):
             load = Load(_WARMUP, command["handoffs"], command["blocks_each"], command["concurrent"])

@@ -2,6 +2,7 @@
 
 Faults strike where a message leaves. A delayed control frame holds those behind it, since frames keep their order;
 blocks are delayed one by one. A truncated block arrives as an empty message, which completes the receive as UCX does.
+A corrupted block has one bit flipped where it lands: that fault alone strikes at the receiving end.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Protocol
 
+from kvbaton.kvtransfer.block_memory import BlockMemory
 from kvbaton.kvtransfer.transport import Channel, Operation, Transport
 
 
@@ -20,15 +22,20 @@ class Fault(enum.Enum):
     DELAY = "delay"
     DUPLICATE = "duplicate"
     TRUNCATE = "truncate"
+    CORRUPT = "corrupt"
     DIE = "die"
 
 
 class FaultPlan(Protocol):
-    """Decides for each message that leaves; may be random, with its own seed."""
+    """Decides for each message that leaves, and each block that lands; may be random, with its own seed."""
 
     def on_control(self, data: bytes) -> Fault: ...
 
     def on_block(self, tag: int) -> Fault: ...
+
+    def on_landing(self, tag: int) -> Fault:
+        """PASS or CORRUPT."""
+        ...
 
 
 class DeferredOperation:
@@ -42,12 +49,29 @@ class DeferredOperation:
         return self.inner is not None and self.inner.completed
 
 
+class CorruptedReceive:
+    """A receive whose block loses a bit between its arrival and the agent's first look at it."""
+
+    def __init__(self, inner: Operation, block: memoryview) -> None:
+        self.inner = inner
+        self._block = block
+        self._flipped = False
+
+    @property
+    def completed(self) -> bool:
+        if self.inner.completed and not self._flipped:
+            self._flipped = True
+            self._block[len(self._block) // 2] ^= 1
+        return self.inner.completed
+
+
 class FaultyChannel:
     """Implements Channel over another one."""
 
-    def __init__(self, inner: Channel, plan: FaultPlan) -> None:
+    def __init__(self, inner: Channel, plan: FaultPlan, memory: BlockMemory | None = None) -> None:
         self.inner = inner
         self._plan = plan
+        self._memory = memory
         self._held_frames: deque[bytes] = deque()
         self._held_blocks: deque[tuple[int, int, DeferredOperation]] = deque()
         self._dead: str | None = None
@@ -75,7 +99,10 @@ class FaultyChannel:
         return None if self._dead else self.inner.receive()
 
     def post_receive(self, tag: int, block_id: int) -> Operation:
-        return self.inner.post_receive(tag, block_id)
+        receive = self.inner.post_receive(tag, block_id)
+        if self._memory is None or self._plan.on_landing(tag) is not Fault.CORRUPT:
+            return receive
+        return CorruptedReceive(receive, memoryview(self._memory.block(block_id)).cast("B"))
 
     def post_send(self, tag: int, block_id: int) -> Operation:
         fault = self._plan.on_block(tag)
@@ -96,6 +123,8 @@ class FaultyChannel:
         return self.inner.post_abort(tag)
 
     def failure(self, operation: Operation) -> str | None:
+        if isinstance(operation, CorruptedReceive):
+            return self.inner.failure(operation.inner)
         if isinstance(operation, DeferredOperation):
             return None if operation.inner is None else self.inner.failure(operation.inner)
         return self.inner.failure(operation)
@@ -129,11 +158,12 @@ class FaultyChannel:
 
 
 class FaultyTransport:
-    """Implements Transport over another one; every channel obeys `plan`."""
+    """Implements Transport over another one; every channel obeys `plan`. `memory` is where it lands blocks."""
 
-    def __init__(self, inner: Transport, plan: FaultPlan) -> None:
+    def __init__(self, inner: Transport, plan: FaultPlan, memory: BlockMemory | None = None) -> None:
         self._inner = inner
         self._plan = plan
+        self._memory = memory
         self.channels: dict[Channel, FaultyChannel] = {}
 
     @property
@@ -173,5 +203,5 @@ class FaultyTransport:
             channel.release()
 
     def _wrap(self, channel: Channel) -> FaultyChannel:
-        wrapped = self.channels[channel] = FaultyChannel(channel, self._plan)
+        wrapped = self.channels[channel] = FaultyChannel(channel, self._plan, self._memory)
         return wrapped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from kvbaton.kvtransfer.checksum import BlockSums
 from kvbaton.kvtransfer.messages import Event, HandoffKey
 from kvbaton.kvtransfer.transport import Operation
 from kvbaton.kvtransfer.wire import Handle, Message
@@ -19,6 +20,11 @@ def key_of(handle: Handle) -> HandoffKey:
 
 class HandoffLink(Protocol):
     """Implemented by Session; a recording one drives the state machines in tests."""
+
+    @property
+    def sums(self) -> BlockSums | None:
+        """How blocks are summed; None where they are not."""
+        ...
 
     def send(self, message: Message) -> None:
         """Queue a control message to the peer."""
@@ -38,6 +44,10 @@ class HandoffLink(Protocol):
 
     def received(self, count: int) -> None:
         """Counts completed receives."""
+        ...
+
+    def checksum_failed(self) -> None:
+        """Counts hand-offs that fail for a landed block's checksum."""
         ...
 
     def alive(self) -> bool:

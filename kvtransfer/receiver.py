@@ -5,14 +5,16 @@ order. A landing block belongs to the agent until `Landed` (then it is the worke
 write it: each receive has completed, with data or with the sender's abort, or the channel is closed).
 
 `Landed` is the last word to the worker: a peer that cancels or dies after it changes nothing here, because every byte
-has arrived. It is given only after the connection was seen alive behind the last block: a prefill engine that gave its
-blocks up has closed the connection first, so what it overwrote later is never taken for KV.
+has arrived and, with checksums on, is what was sent. It is given only after the connection was seen alive behind the
+last block: a prefill engine that gave its blocks up has closed the connection first, so what it overwrote later is
+never taken for KV.
 """
 
 from __future__ import annotations
 
 from collections import deque
 
+from kvbaton.kvtransfer.checksum import LandingCheck
 from kvbaton.kvtransfer.link import HandoffLink, key_of
 from kvbaton.kvtransfer.messages import Failed, Landed, Landing, Offer, Released
 from kvbaton.kvtransfer.states import IllegalTransition, ReceiverState, ReceiverStep, next_receiver_state
@@ -25,6 +27,7 @@ from kvbaton.kvtransfer.wire import (
     FailMessage,
     GrantMessage,
     Handle,
+    SumsMessage,
 )
 
 
@@ -42,6 +45,7 @@ class ReceiveHandoff:
         self._announced = 0  # prompt blocks below this index are on their way or not wanted
         self._moved_at = 0.0  # when a block was last announced or received
         self._payload: bytes | None = None
+        self._check: LandingCheck | None = None  # from the grant on, with checksums
 
     # commands
 
@@ -49,6 +53,7 @@ class ReceiveHandoff:
         """`landing` must cover the offer's tail; the session has checked its block ids."""
         self.state = next_receiver_state(self.state, ReceiverStep.GRANT)
         self.landing = landing
+        self._check = None if self._link.sums is None else LandingCheck(self._link.sums, landing)
         self._announced = landing.first_block
         for tag, block_id in enumerate(landing.block_ids, first_tag):
             self._receives.append(self._link.post_receive(tag, block_id))
@@ -79,6 +84,19 @@ class ReceiveHandoff:
             return
         self._announced = end
         self._moved_at = now
+
+    def on_sums(self, message: SumsMessage, now: float) -> None:
+        self._require_landing("SUMS")
+        end = message.first_block + len(message.sums)
+        if self._check is None:
+            self.fail("checksums came where none were agreed", now)
+        elif message.first_block != self._check.next_sum or end > self._announced:
+            self.fail(f"checksums of blocks {message.first_block}..{end - 1}, {self._check.next_sum} is next", now)
+        else:
+            self._check.expect(message.sums)
+            self._moved_at = now
+            self._verify(now)
+            self.poll(now)
 
     def on_done(self, message: DoneMessage, now: float) -> None:
         self._require_landing("DONE")
@@ -116,14 +134,15 @@ class ReceiveHandoff:
         if taken:
             self._moved_at = now
             self._link.received(taken)
+            self._verify(now)
         if not self._receives:
             self._land_or_release()
         return taken > 0
 
     def on_tick(self, now: float, stall_s: float) -> None:
-        missing = self._announced - (self.offer.num_blocks - len(self._receives))
+        missing = self._announced - self.landing.first_block - self._num_good()
         if self.state is ReceiverState.LANDING and missing > 0 and now - self._moved_at >= stall_s:
-            self.fail(f"stalled: {missing} announced blocks, none came in {stall_s} s", now)
+            self.fail(f"stalled: {missing} announced blocks, none came whole in {stall_s} s", now)
 
     def fail(self, reason: str, now: float) -> None:
         """Failed here: the peer is told, the worker is told."""
@@ -137,12 +156,29 @@ class ReceiveHandoff:
         self.on_peer_end(reason, now)
         self._land_or_release()
 
+    def _verify(self, now: float) -> None:
+        """Compare what has landed with the checksums that have come."""
+        if self._check is None or self.state is not ReceiverState.LANDING:
+            return
+        if wrong := self._check.mismatch(self._num_landed()):
+            self._link.checksum_failed()
+            self.fail(wrong, now)
+
+    def _num_landed(self) -> int:
+        return len(self.landing.block_ids) - len(self._receives)
+
+    def _num_good(self) -> int:
+        return self._num_landed() if self._check is None else self._check.checked
+
+    def _landed_whole(self) -> bool:
+        return self.state is ReceiverState.LANDING and self._num_good() == len(self.landing.block_ids)
+
     def _land_or_release(self) -> None:
         if self.state is ReceiverState.DRAINING:
             self.state = next_receiver_state(self.state, ReceiverStep.DRAINED)
             self._link.forget(self.handle)
             self._link.emit(Released(key_of(self.handle), acked=False))
-        elif self.state is ReceiverState.LANDING and self._payload is not None and self._link.alive():
+        elif self._payload is not None and self._landed_whole() and self._link.alive():
             self.state = next_receiver_state(self.state, ReceiverStep.COMPLETE)
             self._link.emit(Landed(key_of(self.handle), self._payload))
 

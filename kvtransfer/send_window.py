@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from kvbaton.kvtransfer.checksum import BlockSums
 from kvbaton.kvtransfer.meter import LinkMeter
 from kvbaton.kvtransfer.sender import SendHandoff
 from kvbaton.kvtransfer.transport import Channel, Operation
@@ -15,11 +16,12 @@ class SendWindow:
     What an entry sends is decided when its turn comes, so the queue of a cancelled hand-off drains as empty aborts.
     """
 
-    def __init__(self, channel: Channel, block_bytes: int, size: int, meter: LinkMeter) -> None:
+    def __init__(self, channel: Channel, block_bytes: int, size: int, meter: LinkMeter, sums: BlockSums | None) -> None:
         self._channel = channel
         self._block_bytes = block_bytes
         self._size = size
         self._meter = meter
+        self._sums = sums
         self._queue: deque[tuple[SendHandoff | None, int]] = deque()
         self._running: deque[tuple[Operation, SendHandoff | None]] = deque()
 
@@ -71,4 +73,7 @@ class SendWindow:
         block_id = sender.source(index)
         if block_id is None:
             return self._channel.post_abort(sender.tag(index))
-        return self._channel.post_send(sender.tag(index), block_id)
+        posted = self._channel.post_send(sender.tag(index), block_id)
+        if self._sums is not None:  # while the block is already on its way
+            sender.on_posted(index, self._sums.of(block_id))
+        return posted

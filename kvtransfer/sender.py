@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvbaton.kvtransfer.checksum import OutgoingSums
 from kvbaton.kvtransfer.link import HandoffLink, key_of
 from kvbaton.kvtransfer.messages import Failed, Granted, Offer, Released
 from kvbaton.kvtransfer.states import IllegalTransition, SenderState, SenderStep, next_sender_state
@@ -21,6 +22,7 @@ from kvbaton.kvtransfer.wire import (
     GrantMessage,
     Handle,
     OfferMessage,
+    SumsMessage,
 )
 
 
@@ -41,6 +43,7 @@ class SendHandoff:
         self._queued = 0  # prompt blocks below this index are queued, sent, or not wanted
         self._outstanding = 0  # queued or running sends and aborts
         self._acked = False
+        self._sums = OutgoingSums()
 
     def start(self) -> None:
         self._link.send(OfferMessage(self.handle, self.offer.num_tokens, self.offer.num_blocks))
@@ -120,6 +123,12 @@ class SendHandoff:
         if self._grant is None:
             raise IllegalTransition("no block may travel before the grant")
         return self._grant.first_tag + index - self._grant.first_block
+
+    def on_posted(self, index: int, value: int) -> None:
+        """Block `index` is being sent and has the checksum `value`."""
+        self._sums.add(index, value)
+        if self._sums.full or index + 1 == self._queued:
+            self._link.send(SumsMessage(self.handle, *self._sums.take()))
 
     def on_sent(self, failure: str | None, now: float) -> None:
         """One queued send or abort has completed."""

@@ -14,6 +14,8 @@ import logging
 import secrets
 from collections.abc import Iterable
 
+from kvbaton.kvtransfer.checksum import BlockSums
+from kvbaton.kvtransfer.frame_numbers import FrameNumbers
 from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, Step, refusal
 from kvbaton.kvtransfer.link import key_of
 from kvbaton.kvtransfer.messages import Event, Landing, Offer, Offered, PeerAddress
@@ -26,7 +28,6 @@ from kvbaton.kvtransfer.states import IllegalTransition, SessionState
 from kvbaton.kvtransfer.transport import Channel, Operation, TransportError
 from kvbaton.kvtransfer.wire import (
     BLOCK_TAG,
-    FRAME_OVERHEAD_BYTES,
     MAX_REASON_CHARS,
     MAX_RENEW_HANDLES,
     AckMessage,
@@ -34,15 +35,13 @@ from kvbaton.kvtransfer.wire import (
     CancelMessage,
     DoneMessage,
     FailMessage,
-    Frame,
     GrantMessage,
     Handle,
     Message,
     OfferMessage,
     RenewMessage,
+    SumsMessage,
     WireError,
-    decode,
-    encode,
 )
 
 log = logging.getLogger(__name__)
@@ -61,16 +60,16 @@ class Session:
         self.receivers: dict[Handle, ReceiveHandoff] = {}
         self.messages = 0
         self.blocks_received = 0
+        self.checksum_failures = 0
         self._handshake = handshake
         self._owner = owner
         self._now = now
         self._heard = now
-        self._sent = 0
-        self._received = 0
+        self._frames = FrameNumbers(owner.generation, owner.settings.max_payload_bytes)
         self._renew_at = now
         self._slow = False
         self._backlog: list[Message] = []
-        self._window = SendWindow(channel, owner.block_bytes, owner.settings.send_window, self.meter)
+        self._window = SendWindow(channel, owner.block_bytes, owner.settings.send_window, self.meter, owner.sums)
         self._landing: dict[Handle, ReceiveHandoff] = {}
         self._next_tag = BLOCK_TAG | secrets.randbits(62)  # tags of one session never repeat and cannot be guessed
 
@@ -173,6 +172,10 @@ class Session:
 
     # HandoffLink
 
+    @property
+    def sums(self) -> BlockSums | None:
+        return self._owner.sums
+
     def send(self, message: Message) -> None:
         if self.state is SessionState.CONNECTING:
             self._backlog.append(message)
@@ -180,8 +183,7 @@ class Session:
             if isinstance(message, CancelMessage | FailMessage):
                 message = type(message)(message.handle, message.reason[:MAX_REASON_CHARS])
             self.messages += 1
-            self.channel.send(encode(Frame(self._sent, self._owner.generation, self.peer.generation, message)))
-            self._sent += 1
+            self.channel.send(self._frames.pack(message, self.peer))
 
     def emit(self, event: Event) -> None:
         self._owner.emit(event)
@@ -198,6 +200,9 @@ class Session:
     def received(self, count: int) -> None:
         self.blocks_received += count
 
+    def checksum_failed(self) -> None:
+        self.checksum_failures += 1
+
     def alive(self) -> bool:
         return self.channel.probe() is None
 
@@ -212,17 +217,10 @@ class Session:
         if self.state is SessionState.CONNECTING:
             self._take_step(self._handshake.receive(data))
             return
-        frame = decode(data, self._owner.settings.max_payload_bytes + FRAME_OVERHEAD_BYTES)
-        if self.peer is None or frame.source_generation != self.peer.generation:
-            raise WireError(f"frame from generation {frame.source_generation}, session is with {self.peer}")
-        if frame.target_generation != self._owner.generation:
-            raise WireError(f"frame for generation {frame.target_generation}, this is {self._owner.generation}")
-        if frame.number != self._received:
-            raise WireError(f"frame {frame.number} came where {self._received} was due")
-        self._received += 1
+        message = self._frames.unpack(data, self.peer)
         self._heard = self._now
         self.messages += 1
-        self._dispatch(frame.message)
+        self._dispatch(message)
 
     def _take_step(self, step: Step) -> None:
         if step.send is not None:
@@ -296,11 +294,13 @@ class Session:
         elif sender is None:  # ended here while the grant was on its way: complete the receives it speaks of
             self._window.queue_aborts(message.first_tag, message.count)
 
-    def _to_receiver(self, receiver: ReceiveHandoff | None, message: BlocksMessage | DoneMessage) -> None:
+    def _to_receiver(self, receiver: ReceiveHandoff | None, message: BlocksMessage | SumsMessage | DoneMessage) -> None:
         if receiver is None:
             self.send(FailMessage(message.handle, "refused: no such hand-off here"))
         elif receiver.live and isinstance(message, BlocksMessage):
             receiver.on_blocks(message, self._now)
+        elif receiver.live and isinstance(message, SumsMessage):
+            receiver.on_sums(message, self._now)
         elif receiver.live and isinstance(message, DoneMessage):
             receiver.on_done(message, self._now)
 

@@ -16,6 +16,10 @@ class Identity(Protocol):
     def generation(self) -> int: ...
 
 
+CHECKSUM_OFF = "off"
+CHECKSUMS = (CHECKSUM_OFF, "crc32c", "xxh3")
+
+
 class TransferSettingsError(ValueError):
     """A setting that cannot work; the message names it."""
 
@@ -28,7 +32,8 @@ class TransferSettings:
     open hand-offs counts as dead. `drain_s`: how long a cancelled hand-off may wait for the peer to finish its
     operations before the session is closed to make them end. `stall_s`: announced blocks of which none arrives for so
     long fail their hand-off. `bandwidth_floor_bytes_s`: a slower pair is logged as a warning; 0 is off.
-    `max_strangers`: connections that may be in their handshake at a time.
+    `max_strangers`: connections that may be in their handshake at a time. `checksum`: one of CHECKSUMS, of each block,
+    the same at both engines; blocks in host memory only (see checksum.py).
     """
 
     lease_s: float = 10.0
@@ -41,6 +46,7 @@ class TransferSettings:
     max_payload_bytes: int = 1 << 20
     max_strangers: int = 64
     bandwidth_floor_bytes_s: float = 0.0
+    checksum: str = CHECKSUM_OFF
 
     def __post_init__(self) -> None:
         for name in (
@@ -55,6 +61,8 @@ class TransferSettings:
         ):
             if getattr(self, name) <= 0:
                 raise TransferSettingsError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.checksum not in CHECKSUMS:
+            raise TransferSettingsError(f"checksum must be one of {', '.join(CHECKSUMS)}, not {self.checksum!r}")
         if not 0 < self.max_blocks_per_handoff < 1 << 24:
             raise TransferSettingsError(
                 f"max_blocks_per_handoff must be in 1..2^24-1, not {self.max_blocks_per_handoff}"

@@ -22,13 +22,17 @@ class PeerStats:
 
 @dataclass(frozen=True, slots=True)
 class TransferStats:
-    """Counters since start, gauges at present. `sending` and `receiving` count open hand-offs, drains included."""
+    """Counters since start, gauges at present. `sending` and `receiving` count open hand-offs, drains included.
+
+    `checksum_failures` are hand-offs that failed here because a landed block was not what had been sent.
+    """
 
     bytes_sent: int = 0
     bytes_received: int = 0
     messages: int = 0
     handoffs_failed: int = 0
     handoffs_acked: int = 0
+    checksum_failures: int = 0
     sending: int = 0
     receiving: int = 0
     quarantined_blocks: int = 0

@@ -1,11 +1,12 @@
 """The control messages of an open session and their strict msgpack form.
 
 A frame is one flat msgpack array: [type, number, sender generation, receiver generation, fields...]. Decoding checks
-the type and range of every field and knows no map, no extension type and no nesting but RENEW's list of handles, so
-that a hostile frame costs its own bytes and nothing more.
+the type and range of every field and knows no map, no extension type and no nesting but RENEW's list of handles and
+SUMS' list of numbers, so that a hostile frame costs its own bytes and nothing more.
 
 Protocol version, spoken in HELLO (handshake.py); raise it with any change here and add a line:
 1  first version
+2  SUMS: checksums of the blocks, where both engines use them; HELLO names the kind as a field of its own
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any
 
 import msgpack
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_ID_CHARS = 256
 MAX_REASON_CHARS = 1024
 MAX_RENEW_HANDLES = 256
+MAX_SUMS = 32
 BLOCK_TAG = 1 << 63  # tags with this bit carry blocks; a transport may use the others for itself
 FRAME_OVERHEAD_BYTES = 64 << 10
 
@@ -64,6 +66,15 @@ class BlocksMessage:
 
 
 @dataclass(frozen=True, slots=True)
+class SumsMessage:
+    """The checksums of blocks first_block..; each block's is sent once, in order, when the block has been posted."""
+
+    handle: Handle
+    first_block: int
+    sums: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DoneMessage:
     """Everything granted is on its way (`num_sent` blocks in all); `payload` is the worker's own."""
 
@@ -103,7 +114,15 @@ class RenewMessage:
 
 
 Message = (
-    OfferMessage | GrantMessage | BlocksMessage | DoneMessage | AckMessage | CancelMessage | FailMessage | RenewMessage
+    OfferMessage
+    | GrantMessage
+    | BlocksMessage
+    | SumsMessage
+    | DoneMessage
+    | AckMessage
+    | CancelMessage
+    | FailMessage
+    | RenewMessage
 )
 
 
@@ -163,7 +182,13 @@ def _block_tag(value: Any) -> int:
     return value
 
 
-_U24, _U32, _U63 = _unsigned(24), _unsigned(32), _unsigned(63)
+def _sums(value: Any) -> tuple[int, ...]:
+    if type(value) is not list or not 0 < len(value) <= MAX_SUMS:
+        raise WireError(f"expected a list of 1 to {MAX_SUMS} checksums, got {_show(value)}")
+    return tuple(_U64(item) for item in value)
+
+
+_U24, _U32, _U63, _U64 = _unsigned(24), _unsigned(32), _unsigned(63), _unsigned(64)
 _REQUEST_ID, _REASON = _text(MAX_ID_CHARS), _text(MAX_REASON_CHARS)
 
 # Type number, class, and the checks of the fields that follow the handle, in the class's order.
@@ -175,6 +200,7 @@ _SCHEMA: tuple[tuple[int, Any, tuple[Callable[[Any], Any], ...]], ...] = (
     (5, AckMessage, ()),
     (6, CancelMessage, (_REASON,)),
     (7, FailMessage, (_REASON,)),
+    (9, SumsMessage, (_U24, _sums)),
 )
 _RENEW = 8
 _BY_KIND = {kind: (cls, checks) for kind, cls, checks in _SCHEMA}

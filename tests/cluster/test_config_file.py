@@ -8,6 +8,7 @@ import pytest
 
 from kvbaton.cluster.config import ClusterConfig, PoolSettings
 from kvbaton.cluster.config_file import Override, load_config
+from kvbaton.cluster.engine_settings import transfer_settings
 from kvbaton.engine.config import ConfigError
 
 
@@ -52,6 +53,15 @@ def test_every_value_of_a_file_arrives(tmp_path: Path) -> None:
     assert config.transfer.lease_s == 5.0
 
 
+@pytest.mark.parametrize("checksum", ["off", "crc32c", "xxh3"])
+def test_off_is_a_word_and_reaches_the_agents(tmp_path: Path, checksum: str) -> None:
+    """Guards against YAML 1.1, which reads an unquoted off as false."""
+    config = load(tmp_path, f"transfer: {{checksum: {checksum}}}\nengine: {{prefix_cache: False}}")
+    assert config.transfer.checksum == checksum
+    assert config.engine.prefix_cache is False
+    assert transfer_settings(config.transfer).checksum == checksum
+
+
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "pools:\n"])
 def test_nothing_said_means_the_defaults(tmp_path: Path, text: str) -> None:
     assert load(tmp_path, text) == ClusterConfig()
@@ -73,6 +83,9 @@ def test_nothing_said_means_the_defaults(tmp_path: Path, text: str) -> None:
         ("http: {port: '80'}", "http.port: expected a whole number, got '80'"),
         ("http: {host: 5}", "http.host: expected text, got 5"),
         ("transfer: {lease_s: 0}", "transfer.lease_s: must be from 0.001 to 86400, got 0.0"),
+        ("transfer: {checksum: true}", "transfer.checksum: expected text, got True"),
+        ("transfer: {checksum: crc32}", "transfer.checksum: must be one of off, crc32c, xxh3, got 'crc32'"),
+        ("engine: {prefix_cache: yes}", "engine.prefix_cache: expected true or false, got 'yes'"),
         ("engine: {prefix_cache: 1}", "engine.prefix_cache: expected true or false, got 1"),
         ("model: {dtype: float23}", "model.dtype: must be one of auto, float32, bfloat16, float16, got 'float23'"),
         ("model: {dtype: float23}", "did you mean 'float32'?"),

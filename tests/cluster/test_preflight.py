@@ -18,9 +18,10 @@ from kvbaton.cluster.config import (
     PoolSettings,
     RaySettings,
     StoreSettings,
+    TransferSettings,
 )
 from kvbaton.cluster.devices import resolve_device, threads_per_engine
-from kvbaton.cluster.preflight import check_launch, check_port, check_redis
+from kvbaton.cluster.preflight import check_checksum, check_launch, check_port, check_redis
 from kvbaton.cluster.valkey import EmbeddedValkey
 from kvbaton.engine.config import ConfigError
 
@@ -112,6 +113,13 @@ def test_a_launch_that_can_work_passes(tiny_model: TinyModel, monkeypatch: pytes
     found = check_launch(config)
     assert (found.device, found.num_gpus) == ("cpu", 0)
     assert found.model.num_layers == 4
+
+
+def test_checksums_of_blocks_in_gpu_memory_are_refused_before_anything_starts() -> None:
+    message = refused(lambda: check_checksum(TransferSettings(checksum="xxh3"), "cuda"))
+    assert message.startswith("transfer.checksum: xxh3 is for engines on CPU")
+    check_checksum(TransferSettings(checksum="xxh3"), "cpu")
+    check_checksum(TransferSettings(), "cuda")
 
 
 def test_joining_a_ray_cluster_needs_a_redis_that_others_can_reach(tiny_model: TinyModel) -> None:

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.ucx
 
 def test_a_small_run_reports_each_size_with_both_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.json"
-    arguments = ["--sizes", "65536", "--tls", "all", "--rounds", "1", "--megabytes", "4", "--json", str(out)]
+    arguments = ["--sizes", "65536", "--tls", "all", "--rounds", "1", "--megabytes", "4", "--checksum", "xxh3"]
+    arguments += ["--json", str(out)]
     assert main(arguments) == 0
     written = json.loads(out.read_text())
     assert written["command"] == "kvbaton bench transfer " + " ".join(arguments)
@@ -25,6 +26,7 @@ def test_a_small_run_reports_each_size_with_both_figures(tmp_path: Path, capsys:
     assert (row["tls"], row["block_bytes"]) == ("all", 65536)
     assert row["ratio"] == pytest.approx(row["handoff_gb_s"] / row["perftest_gb_s"])
     assert row["one_block_us"] > 0
+    assert row["checksum"] == "xxh3"
     assert "memory" in row["transports"]
     assert "64 KiB" in capsys.readouterr().out
 

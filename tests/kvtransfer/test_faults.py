@@ -33,6 +33,9 @@ class Script:
         self.blocks_seen += 1
         return self.block if self.blocks_seen == self.block_number else Fault.PASS
 
+    def on_landing(self, tag: int) -> Fault:
+        return Fault.PASS
+
 
 def faulty_pair(script: Script) -> tuple[Rig, Engine, Engine, FaultyTransport]:
     rig = Rig()
@@ -198,6 +201,9 @@ class Dice:
         # A truncated block lands as the wrong content, which only a checksum could tell: not this test's subject.
         fault = self._roll()
         return Fault.DROP if fault is Fault.TRUNCATE else fault
+
+    def on_landing(self, tag: int) -> Fault:
+        return Fault.PASS
 
 
 @pytest.mark.parametrize("seed", range(12))

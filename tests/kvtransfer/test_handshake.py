@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, Hello, check_compatible, refusal
 from kvbaton.kvtransfer.messages import PeerAddress
-from kvbaton.kvtransfer.wire import WireError
+from kvbaton.kvtransfer.wire import PROTOCOL_VERSION, WireError
 
 FIELDS = (("model", "tiny"), ("dtype", "float32"))
 
@@ -134,7 +134,7 @@ def test_an_acceptor_makes_nothing_for_a_stranger() -> None:
 def test_another_protocol_version_is_refused_with_both_numbers() -> None:
     parts = msgpack.unpackb(frame(side(True).start().send))
     parts[1] = 77
-    with pytest.raises(HandshakeRefused, match="protocol version is 1 here and 77 at the peer"):
+    with pytest.raises(HandshakeRefused, match=f"protocol version is {PROTOCOL_VERSION} here and 77 at the peer"):
         side(False).receive(msgpack.packb(parts))
 
 
@@ -160,7 +160,7 @@ def test_any_body_under_the_right_secret_is_refused_or_decoded(body: object) -> 
     packed = msgpack.packb(body) if _fits_msgpack(body) else b""
     mac = hmac.digest(b"s", b"kvbaton-kv:1:" + hashlib.sha256(packed).digest(), "sha256")
     with pytest.raises(WireError):
-        side(False).receive(msgpack.packb(["kvbaton", 1, 1, packed, mac]))
+        side(False).receive(msgpack.packb(["kvbaton", PROTOCOL_VERSION, 1, packed, mac]))
 
 
 def _fits_msgpack(body: object) -> bool:

@@ -32,7 +32,9 @@ class Peer:
 
     def __init__(self, name: str, seed: int, tls: str, lease_s: float = 10.0) -> None:
         self.name, self.seed = name, seed
+        read_end, write_end = os.pipe()
         arguments = {
+            "answers_fd": write_end,
             "name": name,
             "num_blocks": NUM_BLOCKS,
             "block_bytes": BLOCK_BYTES,
@@ -43,10 +45,12 @@ class Peer:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "support.transfer_process", json.dumps(arguments)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
             text=True,
             env=env,
+            pass_fds=(write_end,),
         )
+        os.close(write_end)
+        self._answers = os.fdopen(read_end)
         self.port = self._answer()
 
     def do(self, what: str, key: str = "r", **more: Any) -> Any:
@@ -60,8 +64,7 @@ class Peer:
         return event
 
     def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        line = self._answers.readline()
         assert line, f"{self.name} ended with {self.process.wait()}"
         return json.loads(line)
 
@@ -70,7 +73,7 @@ class Peer:
             self.process.send_signal(signal.SIGCONT)
             self.process.kill()
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in (self.process.stdin, self._answers):
             if pipe is not None:
                 pipe.close()
 

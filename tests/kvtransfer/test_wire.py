@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvbaton.kvtransfer.wire import (
     BLOCK_TAG,
+    MAX_SUMS,
     AckMessage,
     BlocksMessage,
     CancelMessage,
@@ -23,6 +24,7 @@ from kvbaton.kvtransfer.wire import (
     Handle,
     OfferMessage,
     RenewMessage,
+    SumsMessage,
     WireError,
     decode,
     encode,
@@ -36,6 +38,9 @@ messages = st.one_of(
     st.builds(OfferMessage, handles, st.integers(0, 2**32 - 1), counts),
     st.builds(GrantMessage, handles, st.integers(BLOCK_TAG, 2**64 - 2**24 - 1), counts, counts),
     st.builds(BlocksMessage, handles, counts, counts),
+    st.builds(
+        SumsMessage, handles, counts, st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=MAX_SUMS).map(tuple)
+    ),
     st.builds(DoneMessage, handles, counts, st.binary(max_size=100)),
     st.builds(AckMessage, handles),
     st.builds(CancelMessage, handles, st.text(max_size=50)),
@@ -119,6 +124,11 @@ def test_an_oversized_frame_is_refused_before_it_is_parsed() -> None:
         ([2, 9, 1, 1, "r", 0, 1, 1, 0, 1], "block tag"),
         ([2, 9, 1, 1, "r", 0, 1, (1 << 64) - 1, 0, 1], "block tag"),
         ([4, 9, 1, 1, "r", 0, 1, 2, "text"], "bytes"),
+        ([9, 9, 1, 1, "r", 0, 1, 0, 7], "list of 1 to 32"),
+        ([9, 9, 1, 1, "r", 0, 1, 0, []], "list of 1 to 32"),
+        ([9, 9, 1, 1, "r", 0, 1, 0, [7] * 33], "list of 1 to 32"),
+        ([9, 9, 1, 1, "r", 0, 1, 0, [1, -1]], "unsigned 64"),
+        ([9, 9, 1, 1, "r", 0, 1, 0, [[1]]], "unsigned 64"),
         ([8, 9, 1, 1, 0, 1, []], "boolean"),
         ([8, 9, 1, 1, 0, True, ["r", 0]], "handles"),
         ([8, 9, 1, 1, 0, True, [["r", 0, 1]] * 3], "string"),

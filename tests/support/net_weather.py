@@ -1,7 +1,8 @@
 """What the network between toy engines does to messages, and a check of who may touch which block meanwhile.
 
-Faults strike where a message leaves a node: one-shot ones hit its next control frame or block, and a delay holds back
-what it names until `release`. Blocks can so arrive long after the control frames that end their hand-off.
+Faults strike where a message leaves a node: one-shot ones hit its next control frame or block, or the next receive that
+it posts; a delay holds back what it names until `release`. Blocks can so arrive long after the control frames that end
+their hand-off.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Weather:
         self._delayed: set[str] = set()
 
     def strike(self, what: str, fault: Fault) -> None:
-        """The next "control" frame or "block" that leaves meets `fault`."""
+        """The next "control" frame or "block" that leaves, or "landing" that is posted here, meets `fault`."""
         self._once[what] = fault
 
     def delay(self, what: str) -> None:
@@ -38,6 +39,10 @@ class Weather:
 
     def on_block(self, tag: int) -> Fault:
         return self._next("block")
+
+    def on_landing(self, tag: int) -> Fault:
+        """One-shot "landing" faults alone: a delay is the sender's."""
+        return self._once.pop("landing", Fault.PASS)
 
     def _next(self, what: str) -> Fault:
         return self._once.pop(what, Fault.DELAY if what in self._delayed else Fault.PASS)

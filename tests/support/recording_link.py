@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvbaton.kvtransfer.checksum import BlockSums
 from kvbaton.kvtransfer.messages import Event
 from kvbaton.kvtransfer.sender import SendHandoff
 from kvbaton.kvtransfer.transport import Operation
@@ -29,6 +30,8 @@ class RecordingLink:
         self.forgotten: list[Handle] = []
         self.connected = True
         self.num_received = 0
+        self.sums: BlockSums | None = None
+        self.num_checksum_failures = 0
 
     def send(self, message: Message) -> None:
         self.sent.append(message)
@@ -49,6 +52,9 @@ class RecordingLink:
 
     def received(self, count: int) -> None:
         self.num_received += count
+
+    def checksum_failed(self) -> None:
+        self.num_checksum_failures += 1
 
     def alive(self) -> bool:
         return self.connected

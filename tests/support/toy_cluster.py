@@ -38,11 +38,19 @@ class Clock:
 class Node:
     """One engine incarnation."""
 
-    def __init__(self, name: str, generation: int, network: LoopbackNetwork, clock: Clock, num_blocks: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        generation: int,
+        network: LoopbackNetwork,
+        clock: Clock,
+        num_blocks: int,
+        checksum: str = "off",
+    ) -> None:
         self.name = name
         self.engine = ToyEngine(num_blocks, BLOCK_SIZE)
         self.weather = Weather()
-        self.transport = FaultyTransport(LoopbackTransport(network, self.engine), self.weather)
+        self.transport = FaultyTransport(LoopbackTransport(network, self.engine), self.weather, self.engine)
         self.inbox: deque[Item] = deque()
         self.mail: deque[Item] = deque()  # what the ingress sent and the session still holds back
         identity = PeerAddress(name, generation, "loopback", 0)
@@ -52,7 +60,7 @@ class Node:
             transport=self.transport,
             secret=SECRET,
             compatibility=(("model", "toy"),),
-            settings=TransferSettings(),
+            settings=TransferSettings(checksum=checksum),
             on_event=self.inbox.append,
             clock=clock,
         )
@@ -148,10 +156,11 @@ class Stream:
 class ToyCluster:
     """Nodes by name, and streams by request id."""
 
-    def __init__(self, num_blocks: int = 40) -> None:
+    def __init__(self, num_blocks: int = 40, checksum: str = "off") -> None:
         self.clock = Clock()
         self.network = LoopbackNetwork()
         self.num_blocks = num_blocks
+        self.checksum = checksum
         self.nodes: dict[str, Node] = {}
         self.streams: dict[str, Stream] = {}
         self.generations: dict[str, int] = {}
@@ -159,7 +168,8 @@ class ToyCluster:
     def start(self, name: str) -> Node:
         """Start an engine, or a new generation of one that died."""
         self.generations[name] = self.generations.get(name, 0) + 1
-        self.nodes[name] = Node(name, self.generations[name], self.network, self.clock, self.num_blocks)
+        generation = self.generations[name]
+        self.nodes[name] = Node(name, generation, self.network, self.clock, self.num_blocks, self.checksum)
         return self.nodes[name]
 
     def submit(self, name: str, prompt: tuple[int, ...], max_tokens: int, legs: tuple[str, ...], n: int = 1) -> Stream:

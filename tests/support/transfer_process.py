@@ -1,6 +1,7 @@
 """One engine's transfer side in a process of its own, for tests: an agent on its thread over real UCX.
 
-Reads JSON commands on stdin, answers each with a JSON line. Its memory holds bytes that the parent can predict, so that
+Reads JSON commands on stdin, answers each with a JSON line on the pipe that the parent passes as `answers_fd`: UCX
+writes its log to stdout. Its memory holds bytes that the parent can predict, so that
 the parent checks contents by position and hash without sharing memory.
 """
 
@@ -106,8 +107,7 @@ class Side:
 
 def main() -> None:
     arguments = json.loads(sys.argv[1])
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # UCX writes its log to stdout
+    answers = os.fdopen(arguments.pop("answers_fd"), "w")
     side = Side(**arguments)
     answers.write(json.dumps(side.agent.address().port) + "\n")
     answers.flush()
