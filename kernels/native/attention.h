@@ -2,7 +2,7 @@
  *
  * Decode (one query): an item is (sequence, part of SPAN keys, range of KV heads); the query heads of a KV head share
  * every K and V row read.
- * Prefill: an item is (sequence, KV head, block of QUERIES queries). SPAN keys at a time are packed as if they were
+ * Prefill: an item is (sequence, KV head, block of queries). SPAN keys at a time are packed as if they were
  * weights, scores and values are products with them, and the softmax goes along ("online").
  *
  * Parts begin at multiples of SPAN of the position, so a row's result depends on its own context and on nothing else:
@@ -13,7 +13,7 @@
 #define KVB_ATTENTION_ONCE
 #define SPAN 512
 #define SCORES (SPAN + 16) /* floats of one head's scores: they are made 16 at a time */
-#define QUERIES 128
+#define ROWS_AT_ONCE 512 /* (query, head) rows of a prefill item: the more, the fewer times a span is packed */
 #ifndef ASK
 #define ASK 4096 /* bytes: how far before its use a row of the pool is asked for */
 #endif
@@ -49,9 +49,13 @@ INLINE int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
 static int64_t max_parts(const kvb_batch *b) { return (b->max_context + SPAN - 1) / SPAN; }
 
-/* Prefill items of sequence i. */
-static int64_t query_blocks(const kvb_batch *b, int64_t i) {
-    return (b->cu_seqlens[i + 1] - b->cu_seqlens[i] + QUERIES - 1) / QUERIES;
+/* Queries of a prefill item. */
+static int64_t queries_at_once(const kvb_heads *h) { return max_of(16, ROWS_AT_ONCE * h->num_kv_heads / h->num_heads); }
+
+/* Prefill items of sequence i for one KV head. */
+static int64_t query_blocks(const kvb_heads *h, const kvb_batch *b, int64_t i) {
+    int64_t each = queries_at_once(h);
+    return (b->cu_seqlens[i + 1] - b->cu_seqlens[i] + each - 1) / each;
 }
 #endif
 
@@ -285,12 +289,12 @@ typedef struct {
     FN(act) * rows;     /* [TILE_Q][head_dim] */
     FN(act) * weights;  /* [TILE_Q][SPAN] */
     float *scores;      /* [TILE_Q][SPAN], panel after panel */
-    float *acc;         /* [QUERIES * group][padded head_dim], panel after panel within a tile */
-    float *top, *sum;   /* [QUERIES * group] */
+    float *acc;         /* [rows][padded head_dim], panel after panel within a tile */
+    float *top, *sum;   /* [rows] */
 } FN(prefill_work);
 
 static int64_t FN(prefill_carve)(const kvb_heads *h, char *scratch, FN(prefill_work) * w) {
-    int64_t group = h->num_heads / h->num_kv_heads, dim = h->head_dim, wide = padded(dim), rows = QUERIES * group + TILE_Q;
+    int64_t group = h->num_heads / h->num_kv_heads, dim = h->head_dim, wide = padded(dim), rows = queries_at_once(h) * group + TILE_Q;
     int64_t at = 0;
 #define CARVE(field, count)                                                                                            \
     w->field = (void *)(scratch + at);                                                                                 \
@@ -307,30 +311,49 @@ static int64_t FN(prefill_carve)(const kvb_heads *h, char *scratch, FN(prefill_w
     return at;
 }
 
+/* A row of keys into column c of a panel: pairs of inputs stay together. */
+INLINE void FN(pack_key)(const FN(store) * key, FN(store) * panel, int64_t c, int64_t dim) {
+#if PAIRED
+    for (int64_t d = 0; d < dim; d += 2) memcpy(panel + d * PANEL + c * 2, key + d, 4);
+#else
+    for (int64_t d = 0; d < dim; d++) panel[d * PANEL + c] = key[d];
+#endif
+}
+
+/* Two rows of values (the second may be NULL: zeros) as inputs t and t + 1 of the panels of their dimensions. */
+INLINE void FN(pack_values)(const FN(store) * one, const FN(store) * two, FN(store) * values, int64_t t, int64_t dim) {
+    int64_t value_panel = FN(panel_size)(SPAN);
+    for (int64_t base = 0; base < dim; base += PANEL) {
+        FN(store) *to = values + base / PANEL * value_panel + t * PANEL;
+        int64_t width = min_of(PANEL, dim - base);
+#if PAIRED
+        for (int64_t d = 0; d < width; d++) {
+            uint32_t pair = one[base + d] | (two ? (uint32_t)two[base + d] << 16 : 0);
+            memcpy(to + 2 * d, &pair, 4);
+        }
+        for (int64_t d = 2 * width; d < 2 * PANEL; d++) to[d] = 0;
+#else
+        memset(to, 0, 2 * PANEL * sizeof *to);
+        memcpy(to, one + base, (size_t)width * sizeof *to);
+        if (two) memcpy(to + PANEL, two + base, (size_t)width * sizeof *to);
+#endif
+    }
+}
+
 /* Keys from..to as panels of 32 keys; values as panels of 32 dimensions. Slots past `to` are zeros. */
 static void FN(pack_span)(const pages *pg, int64_t from, int64_t to, int64_t dim, FN(prefill_work) * w) {
     int64_t n = to - from, kept = padded(n), key_panel = FN(panel_size)(dim), value_panel = FN(panel_size)(SPAN);
-    for (int64_t t = 0; t < kept; t++) {
-        FN(store) *k = w->keys + t / PANEL * key_panel;
-        int64_t c = t % PANEL;
-        if (t >= n) {
-            for (int64_t d = 0; d < dim; d++) k[PAIRED ? (d / 2 * PANEL + c) * 2 + d % 2 : d * PANEL + c] = 0;
-            for (int64_t d = 0; d < padded(dim); d++) {
-                FN(store) *v = w->values + d / PANEL * value_panel;
-                v[PAIRED ? (t / 2 * PANEL + d % PANEL) * 2 + t % 2 : t * PANEL + d % PANEL] = 0;
-            }
-            continue;
-        }
-        const char *row = key_at(pg, from + t);
-        const FN(store) *key = (const FN(store) *)row, *value = (const FN(store) *)(row + pg->values_at);
-        for (int64_t d = 0; d < dim; d++) k[PAIRED ? (d / 2 * PANEL + c) * 2 + d % 2 : d * PANEL + c] = key[d];
-        for (int64_t base = 0; base < dim; base += PANEL) {
-            FN(store) *v = w->values + base / PANEL * value_panel;
-            int64_t width = min_of(PANEL, dim - base);
-            for (int64_t d = 0; d < PANEL; d++)
-                v[PAIRED ? (t / 2 * PANEL + d) * 2 + t % 2 : t * PANEL + d] = d < width ? value[base + d] : 0;
-        }
+    if (n < kept) memset(w->keys + n / PANEL * key_panel, 0, (size_t)key_panel * sizeof *w->keys);
+    for (int64_t t = 0; t < n; t++)
+        FN(pack_key)((const FN(store) *)key_at(pg, from + t), w->keys + t / PANEL * key_panel, t % PANEL, dim);
+    for (int64_t t = 0; t < n; t += 2) {
+        const char *one = key_at(pg, from + t) + pg->values_at;
+        const char *two = t + 1 < n ? key_at(pg, from + t + 1) + pg->values_at : NULL;
+        FN(pack_values)((const FN(store) *)one, (const FN(store) *)two, w->values, t, dim);
     }
+    for (int64_t base = 0; base < dim; base += PANEL)
+        memset(w->values + base / PANEL * value_panel + (n + 1) / 2 * 2 * PANEL, 0,
+               (size_t)((kept - (n + 1) / 2 * 2) * PANEL) * sizeof *w->values);
 }
 
 /* One tile of (query, head) rows against the packed span of keys from..to; row r's query has position `position[r]`. */
@@ -387,7 +410,8 @@ static void FN(tile_span)(const kvb_heads *h, FN(prefill_work) * w, int64_t rows
 static void FN(prefill_item)(const kvb_heads *h, const kvb_batch *b, const FN(act) * q, FN(act) * out, int64_t seq,
                              int64_t kv_head, int64_t block, char *scratch) {
     int64_t group = h->num_heads / h->num_kv_heads, dim = h->head_dim, wide = padded(dim), first = kv_head * group;
-    int64_t token = b->cu_seqlens[seq] + block * QUERIES, end = min_of(token + QUERIES, b->cu_seqlens[seq + 1]);
+    int64_t each = queries_at_once(h), token = b->cu_seqlens[seq] + block * each;
+    int64_t end = min_of(token + each, b->cu_seqlens[seq + 1]);
     int64_t context = b->context_lens[seq], at = context - (b->cu_seqlens[seq + 1] - token), rows = (end - token) * group;
     int64_t seen_from = h->window ? max_of(0, at + 1 - h->window) : 0, seen_to = at + end - token;
     FN(prefill_work) w;
@@ -439,15 +463,15 @@ static void FN(attend)(member *me, const kvb_heads *h, const kvb_batch *b, const
     int64_t ranges = 1, prefills = 0; /* cut heads only where there are too few rows to share out */
     while (ranges < h->num_kv_heads && b->num_decodes * max_parts(b) * ranges < 4 * me->size && me->size > 1) ranges++;
     int64_t decodes = b->num_decodes * max_parts(b) * ranges;
-    for (int64_t i = b->num_decodes; i < b->num_seqs; i++) prefills += query_blocks(b, i) * h->num_kv_heads;
+    for (int64_t i = b->num_decodes; i < b->num_seqs; i++) prefills += query_blocks(h, b, i) * h->num_kv_heads;
     char *scratch = work + me->id * FN(item_bytes)(h);
     float *parts = (float *)(work + me->size * FN(item_bytes)(h));
     share s = share_of(me, prefills, 1);
     for (int64_t from, to; share_take(&s, &from, &to);) {
         /* last block first: it has the longest context */
         int64_t seq = b->num_decodes, left = from;
-        while (left >= query_blocks(b, seq) * h->num_kv_heads) left -= query_blocks(b, seq++) * h->num_kv_heads;
-        int64_t block = query_blocks(b, seq) - 1 - left / h->num_kv_heads;
+        while (left >= query_blocks(h, b, seq) * h->num_kv_heads) left -= query_blocks(h, b, seq++) * h->num_kv_heads;
+        int64_t block = query_blocks(h, b, seq) - 1 - left / h->num_kv_heads;
         FN(prefill_item)(h, b, q, out, seq, left % h->num_kv_heads, block, scratch);
     }
     s = share_of(me, decodes, decodes / (8 * me->size));
