@@ -53,6 +53,7 @@ class State(enum.StrEnum):
     ACKED = "acked"  # on decode, which has not run it yet
     RUNNING = "running"
     PREEMPTED = "preempted"
+    MIGRATING = "migrating"  # between engines while it streams
     PARKED = "parked"  # in the router, no engine takes it
 
 
@@ -83,6 +84,7 @@ class Scene:
     ingress: IngressProcess | None = None
     streams: list[Stream] = field(default_factory=list)
     victim: Stream | None = None
+    moves: list[asyncio.Task[str]] = field(default_factory=list)
 
     def submit(self, wanted: Request) -> str:
         named = replace(wanted, request_id=f"{wanted.request_id}-{self.serial}")
@@ -99,6 +101,12 @@ class Scene:
         if self.ingress is not None:
             return self.ingress.num_tokens(request_id)
         return next(len(s.times) for s in self.streams if s.request.request_id == request_id)
+
+    def migrate(self, request_id: str, to: str) -> None:
+        if self.ingress is not None:
+            self.ingress.migrate(request_id, to)
+        else:
+            self.moves.append(asyncio.create_task(self.cluster.client.migrate(request_id, 0, to)))
 
     async def pause(self, prefill_s: float, decode_s: float) -> None:
         for name, seconds in ((PREFILL, prefill_s), (DECODE, decode_s)):
@@ -218,6 +226,20 @@ async def preempted(scene: Scene) -> None:
     assert await scene.requests(DECODE) == 2
 
 
+async def migrating(scene: Scene) -> None:
+    """Decode hands the victim over to the prefill engine, and goes on with it meanwhile."""
+    await scene.pause(0.0, 0.02)
+    victim = scene.submit(VICTIM)
+    await until(lambda: scene.num_tokens(victim) >= 8, "the victim runs")
+    await scene.pause(0.3, 0.3)
+    scene.migrate(victim, PREFILL)
+
+    async def on_its_way() -> bool:
+        return (await scene.cluster.stats(DECODE)).transfer.sending == 1
+
+    await until_told(on_its_way, "the victim is on its way")
+
+
 async def parked(scene: Scene) -> None:
     await running(scene)
     await scene.announce(EngineState.DRAINING)
@@ -254,6 +276,7 @@ REACH: dict[State, Callable[[Scene], Awaitable[None]]] = {
     State.ACKED: acked,
     State.RUNNING: running,
     State.PREEMPTED: preempted,
+    State.MIGRATING: migrating,
     State.PARKED: parked,
 }
 

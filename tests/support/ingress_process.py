@@ -39,6 +39,9 @@ class IngressProcess:
         self._received[request.request_id] = 0
         self._pipe.send(request)
 
+    def migrate(self, request_id: str, to: str) -> None:
+        self._pipe.send((request_id, to))
+
     def num_tokens(self, request_id: str) -> int:
         """That have arrived so far."""
         while self._pipe.poll(0):
@@ -67,7 +70,7 @@ async def _serve(pipe: Connection, store_url: str, num_engines: int, config: Rou
     await client.start()
     await until(lambda: len(router.engines) >= num_engines, "every engine is connected")
     pipe.send("ready")
-    requests: asyncio.Queue[Request | None] = asyncio.Queue()
+    requests: asyncio.Queue[Request | tuple[str, str] | None] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
     def readable() -> None:
@@ -79,10 +82,17 @@ async def _serve(pipe: Connection, store_url: str, num_engines: int, config: Rou
 
     loop.add_reader(pipe.fileno(), readable)
     readers = set()
-    while (request := await requests.get()) is not None:
-        readers.add(asyncio.create_task(_read(client, request, pipe)))
+    while (wanted := await requests.get()) is not None:
+        if isinstance(wanted, Request):
+            readers.add(asyncio.create_task(_read(client, wanted, pipe)))
+        else:
+            readers.add(asyncio.create_task(_migrate(client, *wanted)))
 
 
 async def _read(client: ClusterClient, request: Request, pipe: Connection) -> None:
     async for outputs in client.generate(request):
         pipe.send((request.request_id, sum(output.token_id is not None for output in outputs)))
+
+
+async def _migrate(client: ClusterClient, request_id: str, to: str) -> None:
+    await client.migrate(request_id, 0, to)
