@@ -18,7 +18,7 @@ from typing import Protocol
 
 from kvbaton.cluster.client_config import ClientConfig, ClientCounters
 from kvbaton.cluster.client_flight import Attempt, Flight, SampleMove, resume_request
-from kvbaton.cluster.session_client import SessionClient
+from kvbaton.cluster.session_client import SessionClient, SessionLost
 from kvbaton.cluster.session_types import Leg, Move, Moved, Submit
 from kvbaton.engine.request import FinishReason, TokenOutput
 from kvbaton.kvtransfer.messages import PeerAddress
@@ -157,11 +157,14 @@ class ClientMoves:
                     return
                 sample.retry_move_at = now + _RETRY_S * 2**sample.move_tries
                 sample.move_tries += 1
+                busy += 1
                 if sample.move_tries > _MAX_TRIES:
                     self._host.move_elsewhere(attempt, index, f"engine {engine_id} drains", counted=False)
-                else:
+                    continue
+                try:
                     self.start(attempt.flight, index, to)
-                    busy += 1
+                except (MoveRefused, SessionLost) as error:
+                    log.info("request %s: not moved yet: %s", attempt.request.request_id, error)
 
     def _switch(self, move: SampleMove, tell_source: bool) -> None:
         source, target = move.source, move.target
