@@ -125,7 +125,7 @@ class StepLoop:
             self._sink.stepped(outputs, load)
         if notices := self._worker.outbox.take_notices():
             self._sink.notices(notices)
-        if events := self._worker.drain_cache_events():
+        if events := self._worker.kv.drain_events():
             self._sink.cached(events)
         self.last_turn_s = started
 
@@ -137,7 +137,7 @@ class StepLoop:
                     self._stopping = True
                     return
                 if isinstance(item, SnapshotWanted):
-                    self._sink.snapshot(self._worker.cache_snapshot())
+                    self._sink.snapshot(self._worker.kv.snapshot())
                 elif isinstance(item, AuditWanted):
                     self._sink.audited(self._worker.audit())
                 else:

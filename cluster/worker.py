@@ -28,7 +28,7 @@ from kvbaton.engine.batch import SampledToken, ScheduledRow
 from kvbaton.engine.block_owners import BlockAudit, BlockOwners, Owner
 from kvbaton.engine.config import BatchConfig
 from kvbaton.engine.first_tokens import encode_first_tokens
-from kvbaton.engine.kv_manager import CacheEvent, CacheSnapshot
+from kvbaton.engine.kv_manager import KVManager
 from kvbaton.engine.request import FinishReason, TokenOutput
 from kvbaton.engine.sequence import Sequence, Status
 from kvbaton.engine.stopping import finish_reason
@@ -131,10 +131,6 @@ class Worker:
         """Outputs since the last call, by session; the caller sends them."""
         return self.outbox.take_tokens()
 
-    def idle(self) -> bool:
-        """True when no step can do anything before the next `handle`."""
-        return not self.decode.running and not len(self.prefill.queue) and not self.landings.waiting()
-
     def empty(self) -> bool:
         """True when no request, hand-off or block is held here. Other threads may ask."""
         return not (len(self.tracks) or len(self.outgoing) or len(self.landings))
@@ -151,11 +147,9 @@ class Worker:
         handoffs = [*self.outgoing.held(), *self.landings.held()]
         return audit_blocks(self._engine.kv, self.owners, tables, handoffs)
 
-    def drain_cache_events(self) -> list[CacheEvent]:
-        return self._engine.kv.drain_events()
-
-    def cache_snapshot(self) -> CacheSnapshot:
-        return self._engine.kv.snapshot()
+    @property
+    def kv(self) -> KVManager:
+        return self._engine.kv
 
     # ---- a request begins ---------------------------------------------------------------------------------------
 
