@@ -339,8 +339,7 @@ class Worker:
         track = self.tracks.get(event.key) if sender else receiving
         if track is None:
             return
-        finished = event.reason.endswith(FINISHED_ON_PREFILL)
-        self._end_request(track, None if finished else event.reason)
+        self._end_request(track, None if event.reason.endswith(FINISHED_ON_PREFILL) else event.reason)
 
     def _released(self, event: Released) -> None:
         """Nothing touches the hand-off's blocks any more; at prefill this also ends the request."""
