@@ -167,8 +167,11 @@ class ToyService:
         session.info = replace(session.info, state=state)
         self.client.changed(session.info)
 
-    async def submit(self, name: str, prompt: tuple[int, ...], max_tokens: int, n: int = 1) -> ToyStream:
-        request = Request(name, prompt, SamplingParams(max_tokens=max_tokens, n=n), tuple(range(n)))
+    async def submit(
+        self, name: str, prompt: tuple[int, ...], max_tokens: int, n: int = 1, timeout_s: float | None = None
+    ) -> ToyStream:
+        sampling = SamplingParams(max_tokens=max_tokens, n=n)
+        request = Request(name, prompt, sampling, tuple(range(n)), timeout_s=timeout_s)
         stream = self.streams[name] = ToyStream(self.client, request)
         await self.breathe()
         return stream
