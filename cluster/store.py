@@ -1,8 +1,8 @@
 """Where engines, ingresses and the manager leave word for each other: values with a life span, and numbered streams.
 
-Two implementations with the same meaning: `RedisStore` (`redis_store`) between processes, `MemoryStore` in one. Keys are
-plain strings with `/`; values are bytes. A stream numbers its events 1, 2, 3 ... without a gap, whoever appends, and
-keeps the newest `max_events`: a reader whose next number is missing knows that it was too slow.
+Two implementations with the same meaning: `RedisStore` (`redis_store`) between processes, `MemoryStore` in one. Keys
+are plain strings with `/`; values are bytes. A stream numbers its events 1, 2, 3 ... without a gap, whoever appends,
+and keeps the newest `max_events`: a reader whose next number is missing knows that it was too slow.
 """
 
 from __future__ import annotations
