@@ -102,7 +102,7 @@ class TransferSettings:
     ucx_tls: str = "all"
     lease_s: Seconds = 10.0
     connect_s: Seconds = 5.0
-    drain_s: Seconds = 5.0
+    drain_s: Seconds = 2.0
     send_window: Annotated[int, Range(1, 4096)] = 32
     bandwidth_floor: Annotated[int, ByteSize(0)] = 0
     checksum: Annotated[str, OneOf(CHECKSUMS)] = CHECKSUM_OFF

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+from kvbaton.kvtransfer.sender import SendHandoff
 from kvbaton.kvtransfer.wire import Handle
 
 MAX_CROSSED = 4096  # older ones are forgotten: their peer fails the hand-off by its own timer
@@ -18,8 +19,11 @@ class CrossedOffers:
     def __init__(self) -> None:
         self._blocks: OrderedDict[Handle, int] = OrderedDict()
 
-    def add(self, handle: Handle, num_blocks: int) -> None:
-        self._blocks[handle] = num_blocks
+    def note(self, ended: SendHandoff | None) -> None:
+        """A hand-off that is over, if there was one."""
+        if ended is None or ended.granted:
+            return
+        self._blocks[ended.handle] = ended.offer.num_blocks
         if len(self._blocks) > MAX_CROSSED:
             self._blocks.popitem(last=False)
 

@@ -112,6 +112,10 @@ class SendHandoff:
         return self.state not in (SenderState.DRAINING, SenderState.RELEASED)
 
     @property
+    def granted(self) -> bool:
+        return self._grant is not None
+
+    @property
     def num_blocks_held(self) -> int:
         return len(self._blocks)
 

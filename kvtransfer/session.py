@@ -15,6 +15,7 @@ import secrets
 from collections.abc import Iterable
 
 from kvbaton.kvtransfer.checksum import BlockSums
+from kvbaton.kvtransfer.crossed_offers import CrossedOffers
 from kvbaton.kvtransfer.frame_numbers import FrameNumbers
 from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, Step, refusal
 from kvbaton.kvtransfer.link import key_of
@@ -71,6 +72,7 @@ class Session:
         self._backlog: list[Message] = []
         self._window = SendWindow(channel, owner.block_bytes, owner.settings.send_window, self.meter, owner.sums)
         self._landing: dict[Handle, ReceiveHandoff] = {}
+        self._crossed = CrossedOffers()
         self._next_tag = BLOCK_TAG | secrets.randbits(62)  # tags of one session never repeat and cannot be guessed
 
     # life
@@ -207,7 +209,7 @@ class Session:
         return self.channel.probe() is None
 
     def forget(self, handle: Handle) -> None:
-        self.senders.pop(handle, None)
+        self._crossed.note(self.senders.pop(handle, None))
         self.receivers.pop(handle, None)
         self._owner.forgotten(handle)
 
@@ -291,8 +293,10 @@ class Session:
                 sender.on_ack(self._now)
         elif sender is not None and sender.live:
             sender.on_grant(message, self._now)
-        elif sender is None:  # ended here while the grant was on its way: complete the receives it speaks of
-            self._window.queue_aborts(message.first_tag, message.count)
+        elif sender is None and message.count <= self._crossed.take(message.handle):
+            self._window.queue_aborts(message.first_tag, message.count)  # completes the receives that it speaks of
+        elif sender is None:
+            self.send(FailMessage(message.handle, "refused: no such hand-off here"))
 
     def _to_receiver(self, receiver: ReceiveHandoff | None, message: BlocksMessage | SumsMessage | DoneMessage) -> None:
         if receiver is None:

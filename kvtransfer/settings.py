@@ -38,7 +38,7 @@ class TransferSettings:
 
     lease_s: float = 10.0
     connect_s: float = 5.0
-    drain_s: float = 5.0
+    drain_s: float = 2.0
     stall_s: float = 30.0
     send_window: int = 32
     max_handoffs_per_session: int = 4096

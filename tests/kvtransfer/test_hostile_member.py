@@ -1,0 +1,109 @@
+"""A peer that knows the secret and still lies: what it says of others' hand-offs, or out of turn, changes nothing."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import pytest
+
+from kvbaton.kvtransfer.messages import Landed, Landing, Offered, Released
+from kvbaton.kvtransfer.session import Session
+from kvbaton.kvtransfer.wire import (
+    BLOCK_TAG,
+    AckMessage,
+    BlocksMessage,
+    CancelMessage,
+    DoneMessage,
+    FailMessage,
+    GrantMessage,
+    Handle,
+    Message,
+    RenewMessage,
+)
+from support.transfer_rig import Engine, Rig, key, kinds, offer
+
+FOREIGN = {
+    "grant": lambda handle: GrantMessage(handle, BLOCK_TAG | 5, 0, 4),
+    "ack": AckMessage,
+    "blocks": lambda handle: BlocksMessage(handle, 0, 4),
+    "done": lambda handle: DoneMessage(handle, 4, b"wrong"),
+    "cancel": lambda handle: CancelMessage(handle, "not yours"),
+    "fail": lambda handle: FailMessage(handle, "not yours"),
+    "renew": lambda handle: RenewMessage(0, False, (handle,)),
+}
+
+
+def session_of(engine: Engine, peer: str) -> Session:
+    return next(s for s in engine.agent._roster.snapshot() if s.peer is not None and s.peer.engine_id == peer)
+
+
+def honest_and_liar() -> tuple[Rig, Engine, Engine, Engine, Handle]:
+    """p has offered to d, and to the liar, which has offered to d."""
+    rig = Rig()
+    prefill, decode, liar = rig.engine("p"), rig.engine("d"), rig.engine("liar")
+    prefill.memory.fill(1)
+    prefill.agent.offer(offer(4), decode.agent.address())
+    prefill.agent.offer(offer(2, "for-liar"), liar.agent.address())
+    liar.agent.offer(offer(2, "of-liar"), decode.agent.address())
+    rig.settle()
+    (handle,) = session_of(prefill, "d").senders
+    return rig, prefill, decode, liar, handle
+
+
+@pytest.mark.parametrize("victim", ["p", "d"])
+@pytest.mark.parametrize("what", FOREIGN)
+def test_nobody_speaks_for_another_ones_hand_off(what: str, victim: str) -> None:
+    rig, prefill, decode, liar, handle = honest_and_liar()
+    session_of(liar, victim).send(FOREIGN[what](handle))
+    rig.settle()
+    decode.agent.grant(key(), Landing(0, (20, 21, 22, 23)))
+    prefill.agent.blocks_ready(key(), [1, 2, 3, 4])
+    prefill.agent.finish(key(), b"right")
+    rig.settle()
+    assert Landed(key(), b"right") in decode.events
+    decode.agent.ack(key())
+    rig.settle()
+    assert Released(key(), True) in prefill.events
+    assert [decode.memory.digest(b) for b in (20, 21, 22, 23)] == [prefill.memory.digest(b) for b in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("handle", [Handle("unknown", 0, 1), Handle("for-liar", 0, 77)], ids=["unknown", "forged"])
+def test_a_grant_for_nothing_is_refused_and_allocates_nothing(handle: Handle) -> None:
+    """Guards a queue of millions of answers to receives that nobody was asked to post."""
+    rig, prefill, _, liar, _ = honest_and_liar()
+    tracemalloc.start()
+    for _ in range(20):
+        session_of(liar, "p").send(GrantMessage(handle, BLOCK_TAG | 5, 0, (1 << 20) - 1))
+    rig.settle()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+    assert not session_of(prefill, "liar").busy
+
+
+def test_more_than_was_offered_is_refused_after_the_end_too() -> None:
+    """A grant that crosses the cancel is answered block by block, but only for as many blocks as were offered."""
+    _, prefill, _, liar, _ = honest_and_liar()
+    handle = next(h for h in session_of(prefill, "liar").senders if h.request_id == "for-liar")
+    prefill.agent.cancel(key("for-liar"), "given up")
+    prefill.agent.poll()
+    session_of(liar, "p").send(GrantMessage(handle, BLOCK_TAG | 5, 0, 3))
+    prefill.agent.poll()
+    assert not session_of(prefill, "liar").busy
+    assert Offered in kinds(liar.events)
+
+
+def hostile_messages() -> list[Message]:
+    handle = Handle("x", 0, 1)
+    return [make(handle) for make in FOREIGN.values()]
+
+
+def test_messages_of_unknown_hand_offs_cost_at_most_an_answer_each() -> None:
+    rig, prefill, _, liar, _ = honest_and_liar()
+    session = session_of(liar, "p")
+    before = session_of(prefill, "liar").messages
+    for message in hostile_messages():
+        session.send(message)
+    rig.settle()
+    assert session_of(prefill, "liar").messages - before <= 2 * len(FOREIGN) + 1
+    assert (prefill.agent.stats().sending, prefill.agent.stats().receiving) == (2, 0)
