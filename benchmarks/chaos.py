@@ -88,7 +88,9 @@ def main() -> int:
     for problem in found:
         print(f"PROBLEM: {problem}")
     if args.json:
-        args.json.write_text(json.dumps(report.as_json() | {"problems": found}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"command": " ".join(sys.argv)} | report.as_json() | {"problems": found}, indent=1) + "\n"
+        )
     return 1 if found else 0
 
 
