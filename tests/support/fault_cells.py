@@ -127,7 +127,7 @@ class Scene:
 
 
 async def queued(scene: Scene) -> None:
-    await scene.pause(0.1, 0.0)
+    await scene.pause(0.3, 0.0)
     scene.submit(FILLER)
     await until_told(lambda: _sending(scene, 1), "the filler is being computed")
     scene.submit(VICTIM)
@@ -231,7 +231,7 @@ async def migrating(scene: Scene) -> None:
     await scene.pause(0.0, 0.02)
     victim = scene.submit(VICTIM)
     await until(lambda: scene.num_tokens(victim) >= 8, "the victim runs")
-    await scene.pause(0.3, 0.3)
+    await scene.pause(0.7, 0.7)
     scene.migrate(victim, PREFILL)
 
     async def on_its_way() -> bool:
