@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kvbaton.engine.host_memory import zeroed_memory
+from kvbaton.kernels.host_memory import zeroed_memory
 
 KV_LAYOUT_VERSION = 1  # of the order of axes above; engines of different versions refuse each other
 

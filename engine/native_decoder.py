@@ -34,6 +34,7 @@ class NativeDecoder:
         self._library = library
         self._team = Team(library)
         self._workspace = Workspace()
+        self._logits = Workspace()
         self._weights: NativeWeights = pack_decoder(decoder, library)
         self._model = ctypes.addressof(self._weights.model)
         self.seconds: torch.Tensor | None = None  # [len(PHASES)] float64: gathers CPU time of forward passes if set
@@ -56,9 +57,11 @@ class NativeDecoder:
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [rows, hidden] of `forward` -> float32 [rows, vocab]."""
+        """hidden [rows, hidden] of `forward` -> float32 [rows, vocab], which the next call overwrites: megabytes of new
+        memory a step would cost more than the product."""
         rows = hidden.contiguous()
-        out = torch.empty(rows.shape[0], self.config.vocab_size)
+        shape = (rows.shape[0], self.config.vocab_size)
+        out = self._logits.bytes(shape[0] * shape[1] * 4).view(torch.float32).view(shape)
         work = self._workspace.pointer(rows.numel() * 4)
         self._library.kvb_logits(self._team.handle(), self._model, rows.data_ptr(), rows.shape[0], out.data_ptr(), work)
         return out

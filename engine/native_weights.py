@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from kvbaton.engine.decoder import Decoder
-from kvbaton.engine.host_memory import zeroed_memory
+from kvbaton.kernels.host_memory import zeroed_memory
 from kvbaton.engine.weights import AttentionWeights, DecoderWeights, LayerWeights, MlpWeights
 from kvbaton.kernels.native_lib import DTYPE_CODES, LayerStruct, ModelStruct
 

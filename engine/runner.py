@@ -37,7 +37,9 @@ class ForwardPass(Protocol):
 
     def forward(self, token_ids: torch.Tensor, kv_cache: torch.Tensor, meta: AttentionMeta) -> torch.Tensor: ...
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The next call may overwrite what this one returned."""
+        ...
 
 
 class Runner:

@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 
+from kvbaton.kernels.host_memory import zeroed_memory
 from kvbaton.kernels.meta import AttentionMeta
 from kvbaton.kernels.native_build import NativeUnavailable, built_library
 
@@ -154,14 +155,17 @@ class Team:
 
 
 class Workspace:
-    """Scratch memory that grows to the largest step seen."""
+    """Scratch memory that grows to the largest step seen; what was in it is lost at each call."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = zeroed_memory(1)
+
+    def bytes(self, num_bytes: int) -> torch.Tensor:
+        """[num_bytes] uint8, page-aligned."""
+        if num_bytes > self._memory.numel():
+            self._memory = zeroed_memory(num_bytes)
+        return self._memory[:num_bytes]
 
     def pointer(self, num_bytes: int) -> int:
-        """Address of at least `num_bytes`, aligned to 64."""
-        if num_bytes + 64 > self._memory.numel():
-            self._memory = torch.empty(num_bytes + 64, dtype=torch.uint8)
-        address = self._memory.data_ptr()
-        return address + -address % 64
+        """Address of at least `num_bytes`."""
+        return self.bytes(num_bytes).data_ptr()

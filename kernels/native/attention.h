@@ -17,6 +17,7 @@
 #ifndef ASK
 #define ASK 4096 /* bytes: how far before its use a row of the pool is asked for */
 #endif
+#define VALUE_DIMS (4 * LANES) /* dimensions that are summed together */
 #define TILE_Q (4 * TILE_ROWS) /* (query, head) rows whose scores exist at a time */
 
 /* Where one sequence's keys of one (layer, KV head) are: token t lies in block table[t / size]. */
@@ -61,34 +62,36 @@ static int64_t query_blocks(const kvb_heads *h, const kvb_batch *b, int64_t i) {
 
 /* ---- decode ---- */
 
-/* out[j] = q . k[j] for 16 rows of dim elements. */
-INLINE void FN(dot16)(const FN(act) * q, const FN(store) *const *k, int64_t dim, float *out) {
+/* out[j] = q . k[j] for n <= 16 consecutive rows of dim elements; the rest of out[16] repeats the last one. */
+INLINE void FN(dot16)(const FN(act) * q, const FN(store) * k, int64_t n, int64_t dim, float *out) {
     vf sums[16];
+#define ROW(j) (k + (n == 16 || j < n ? j : n - 1) * dim)
     UNROLL for (int j = 0; j < 16; j++) sums[j] = (vf){0};
 #if DTYPE == 2 && defined(BF16_DOT)
     int64_t whole = dim / 32 * 32;
     for (int64_t d = 0; d < whole; d += 32) {
         __m512bh part = (__m512bh)_mm512_loadu_si512(q + d);
         UNROLL for (int j = 0; j < 16; j++) sums[j] =
-            (vf)_mm512_dpbf16_ps((__m512)sums[j], part, (__m512bh)_mm512_loadu_si512(k[j] + d));
+            (vf)_mm512_dpbf16_ps((__m512)sums[j], part, (__m512bh)_mm512_loadu_si512(ROW(j) + d));
     }
     if (whole < dim) {
         __mmask32 mask = (1u << (dim - whole)) - 1;
         __m512bh part = (__m512bh)_mm512_maskz_loadu_epi16(mask, q + whole);
         UNROLL for (int j = 0; j < 16; j++) sums[j] =
-            (vf)_mm512_dpbf16_ps((__m512)sums[j], part, (__m512bh)_mm512_maskz_loadu_epi16(mask, k[j] + whole));
+            (vf)_mm512_dpbf16_ps((__m512)sums[j], part, (__m512bh)_mm512_maskz_loadu_epi16(mask, ROW(j) + whole));
     }
 #else
     int64_t whole = dim / LANES * LANES;
     for (int64_t d = 0; d < whole; d += LANES) {
         vf part = FN(load_act)(q + d);
-        UNROLL for (int j = 0; j < 16; j++) sums[j] += part * FN(load)(k[j] + d);
+        UNROLL for (int j = 0; j < 16; j++) sums[j] += part * FN(load)(ROW(j) + d);
     }
     if (whole < dim) {
         vf part = FN(load_act_n)(q + whole, dim - whole);
-        for (int j = 0; j < 16; j++) sums[j] += part * FN(load_n)(k[j] + whole, dim - whole);
+        for (int j = 0; j < 16; j++) sums[j] += part * FN(load_n)(ROW(j) + whole, dim - whole);
     }
 #endif
+#undef ROW
     sum_lanes_16(sums, out);
 }
 
@@ -111,16 +114,44 @@ INLINE void FN(score)(const FN(walk) * w, int64_t group, const FN(act) * q, int6
             for (int64_t at = 0; at < end - t; at += 16) {
                 const char *row = base + head * tile + at * row_bytes;
                 int64_t n = min_of(16, end - t - at);
-                const FN(store) *k[16];
-                for (int64_t j = 0; j < 16; j++) k[j] = (const FN(store) *)(row + (j < n ? j : n - 1) * row_bytes);
+                const FN(act) *mine = q + head * group * dim;
+                float *to = p + head * group * SCORES + t + at - w->from;
                 ask_ahead(row, n * row_bytes, block + run, next);
-                for (int64_t g = 0; g < group; g++)
-                    FN(dot16)(q + (head * group + g) * dim, k, dim, p + (head * group + g) * SCORES + t + at - w->from);
+                if (n == 16) for (int64_t g = 0; g < group; g++)
+                    FN(dot16)(mine + g * dim, (const FN(store) *)row, 16, dim, to + g * SCORES);
+                else for (int64_t g = 0; g < group; g++)
+                    FN(dot16)(mine + g * dim, (const FN(store) *)row, n, dim, to + g * SCORES);
             }
     }
 }
 
-/* acc[h] += sum of p[h][j] * v[j] over n rows, for HEADS heads and `dim` a multiple of four vectors. */
+/* acc[h] += sum of p[h][j] * v[j] over n rows, for HEADS heads and `dim` a multiple of VALUE_DIMS. With bfloat16 products
+ * two rows at a time, their elements side by side, and p rounded to bfloat16; `acc` then has its order, see in_order. */
+#if DTYPE == 2 && defined(BF16_DOT)
+#define VALUES(HEADS)                                                                                                  \
+    INLINE void FN(values##HEADS)(const float *p, const FN(store) * v, int64_t n, int64_t dim, float *acc) {           \
+        for (int64_t d = 0; d < dim; d += VALUE_DIMS) {                                                                \
+            __m512 sums[HEADS][4];                                                                                     \
+            UNROLL for (int h = 0; h < HEADS; h++) UNROLL for (int j = 0; j < 4; j++) sums[h][j] =                     \
+                (__m512)vload(acc + h * dim + d + j * LANES);                                                          \
+            for (int64_t t = 0; t < n; t += 2) {                                                                       \
+                const FN(store) *one = v + t * dim + d, *two = t + 1 < n ? one + dim : one;                            \
+                __m512i a = _mm512_loadu_si512(one), b = _mm512_loadu_si512(two);                                      \
+                __m512i c = _mm512_loadu_si512(one + 32), e = _mm512_loadu_si512(two + 32);                            \
+                __m512bh rows[4] = {(__m512bh)_mm512_unpacklo_epi16(a, b), (__m512bh)_mm512_unpackhi_epi16(a, b),      \
+                                    (__m512bh)_mm512_unpacklo_epi16(c, e), (__m512bh)_mm512_unpackhi_epi16(c, e)};     \
+                UNROLL for (int h = 0; h < HEADS; h++) {                                                               \
+                    uint32_t pair;                                                                                     \
+                    memcpy(&pair, (const uint16_t *)(p + h * SCORES) + t, 4);                                          \
+                    __m512bh weights = (__m512bh)_mm512_set1_epi32((int)(t + 1 < n ? pair : pair & 0xffff));           \
+                    UNROLL for (int j = 0; j < 4; j++) sums[h][j] = _mm512_dpbf16_ps(sums[h][j], weights, rows[j]);    \
+                }                                                                                                      \
+            }                                                                                                          \
+            UNROLL for (int h = 0; h < HEADS; h++) UNROLL for (int j = 0; j < 4; j++)                                  \
+                vstore(acc + h * dim + d + j * LANES, (vf)sums[h][j]);                                                 \
+        }                                                                                                              \
+    }
+#else
 #define VALUES(HEADS)                                                                                                  \
     INLINE void FN(values##HEADS)(const float *p, const FN(store) * v, int64_t n, int64_t dim, float *acc) {           \
         for (int64_t d = 0; d < dim; d += 4 * LANES) {                                                                 \
@@ -139,11 +170,25 @@ INLINE void FN(score)(const FN(walk) * w, int64_t group, const FN(act) * q, int6
                 vstore(acc + h * dim + d + j * LANES, sums[h][j]);                                                     \
         }                                                                                                              \
     }
+#endif
 VALUES(1)
 VALUES(2)
 VALUES(3)
 VALUES(4)
 #undef VALUES
+
+/* From the order of elements that pairing rows left behind to that of the dimensions, in place. */
+INLINE void FN(in_order)(float *acc, int64_t dim) {
+#if DTYPE == 2 && defined(BF16_DOT)
+    for (int64_t d = 0; d < dim; d += 32) {
+        float mixed[32];
+        memcpy(mixed, acc + d, sizeof mixed);
+        for (int i = 0; i < 8; i++) memcpy(acc + d + 4 * i, mixed + (i % 2) * 16 + i / 2 * 4, 16);
+    }
+#else
+    (void)acc, (void)dim;
+#endif
+}
 
 /* The same for one head and any `dim`. */
 INLINE void FN(values_any)(const float *p, const FN(store) * v, int64_t n, int64_t dim, float *acc) {
@@ -157,9 +202,14 @@ INLINE void FN(values_any)(const float *p, const FN(store) * v, int64_t n, int64
         }
 }
 
-INLINE void FN(values_of_head)(int64_t group, const float *p, const FN(store) * v, int64_t n, int64_t dim, float *acc) {
-    for (int64_t g = 0; dim % (4 * LANES) && g < group; g++) FN(values_any)(p + g * SCORES, v, n, dim, acc + g * dim);
-    for (int64_t g = 0; dim % (4 * LANES) == 0 && g < group; g += 4) switch (min_of(4, group - g)) {
+INLINE void FN(values_of_head)(int64_t group, const float *scores, int64_t first, const FN(store) * v, int64_t n,
+                               int64_t dim, float *acc) {
+    const float *p = scores + first;
+#if DTYPE == 2 && defined(BF16_DOT)
+    if (dim % VALUE_DIMS == 0) p = (const float *)(const void *)((const uint16_t *)scores + first);
+#endif
+    for (int64_t g = 0; dim % VALUE_DIMS && g < group; g++) FN(values_any)(p + g * SCORES, v, n, dim, acc + g * dim);
+    for (int64_t g = 0; dim % VALUE_DIMS == 0 && g < group; g += 4) switch (min_of(4, group - g)) {
         case 1: FN(values1)(p + g * SCORES, v, n, dim, acc + g * dim); break;
         case 2: FN(values2)(p + g * SCORES, v, n, dim, acc + g * dim); break;
         case 3: FN(values3)(p + g * SCORES, v, n, dim, acc + g * dim); break;
@@ -179,7 +229,7 @@ INLINE void FN(values)(const FN(walk) * w, int64_t group, const float *p, int64_
         for (int64_t head = 0; head < w->heads; head++) {
             const char *row = base + head * tile;
             ask_ahead(row, (end - t) * row_bytes, block + run, next);
-            FN(values_of_head)(group, p + head * group * SCORES + t - w->from, (const FN(store) *)row, end - t, dim,
+            FN(values_of_head)(group, p + head * group * SCORES, t - w->from, (const FN(store) *)row, end - t, dim,
                                acc + head * group * dim);
         }
     }
@@ -201,13 +251,24 @@ static void FN(numerators)(float *s, int64_t n, float scale, float *top, float *
     *sum = sum_lanes(total);
 }
 
+/* n numbers as bfloat16 in the first half of their own memory. */
+static void __attribute__((unused)) FN(halve)(float *p, int64_t n) {
+    for (int64_t i = 0; i < n; i += LANES) vstore_b16((uint16_t *)p + i, vload(p + i));
+}
+
 /* One part of a decode row: all query heads of a range of KV heads. With a constant `dim` the loops unroll. */
 INLINE void FN(part_of_dim)(const FN(walk) * w, int64_t group, const FN(act) * q, int64_t dim, float scale, float *p,
                             float *acc, float *top, float *sum) {
     FN(score)(w, group, q, dim, p);
     for (int64_t h = 0; h < w->heads * group; h++)
         FN(numerators)(p + h * SCORES, w->to - w->from, scale, top + h, sum + h);
+#if DTYPE == 2 && defined(BF16_DOT)
+    if (dim % VALUE_DIMS == 0)
+        for (int64_t h = 0; h < w->heads * group; h++) FN(halve)(p + h * SCORES, w->to - w->from);
+#endif
     FN(values)(w, group, p, dim, acc);
+    if (dim % VALUE_DIMS == 0)
+        for (int64_t h = 0; h < w->heads * group; h++) FN(in_order)(acc + h * dim, dim);
 }
 
 static void FN(part)(const FN(walk) * w, int64_t group, const FN(act) * q, int64_t dim, float scale, float *p,

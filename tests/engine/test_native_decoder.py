@@ -51,8 +51,8 @@ class Step:
     tables: tuple[tuple[int, ...], ...]
 
     def run(self, decoder: ForwardPass) -> torch.Tensor:
-        """Logits of all tokens."""
-        return decoder.logits(decoder.forward(self.ids, self.pool, self.meta))
+        """Logits of all tokens; a copy, for a decoder may use their memory again."""
+        return decoder.logits(decoder.forward(self.ids, self.pool, self.meta)).clone()
 
     def copy(self, dtype: torch.dtype) -> Step:
         return replace(self, pool=self.pool.to(dtype, copy=True))
