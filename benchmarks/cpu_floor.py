@@ -32,10 +32,10 @@ from kvbaton.engine import runner as runner_module
 from kvbaton.engine.batch import SampledToken
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
 from kvbaton.engine.engine import Engine, configure_threads
-from kvbaton.kernels.host_memory import zeroed_memory
 from kvbaton.engine.model_config import ModelConfig
 from kvbaton.engine.native_decoder import NativeDecoder
 from kvbaton.engine.request import Request, SamplingParams
+from kvbaton.kernels.host_memory import zeroed_memory
 from kvbaton.kernels.native_lib import PHASES
 
 PRODUCTS = ("qkv", "out", "gate and up", "down")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from kvbaton.engine.decoder import Decoder
-from kvbaton.kernels.host_memory import zeroed_memory
 from kvbaton.engine.weights import AttentionWeights, DecoderWeights, LayerWeights, MlpWeights
+from kvbaton.kernels.host_memory import zeroed_memory
 from kvbaton.kernels.native_lib import DTYPE_CODES, LayerStruct, ModelStruct
 
 PANEL = 32  # columns that are packed together; biases are padded to whole panels
