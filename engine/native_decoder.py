@@ -47,6 +47,8 @@ class NativeDecoder:
         """token_ids [num_tokens] int64 -> normed hidden states [num_tokens, hidden]; as `Decoder.forward`."""
         if not kv_cache.is_contiguous() or kv_cache.dtype is not self.dtype:
             raise ValueError(f"the KV pool is {kv_cache.dtype}, the model {self.dtype}")
+        if meta.max_context_len > self.max_positions:
+            raise ValueError(f"a context of {meta.max_context_len} tokens; rotary tables end at {self.max_positions}")
         ids = token_ids.contiguous()
         batch = batch_struct(meta, kv_cache, self.seconds)
         hidden = torch.empty(ids.shape[0], self.config.hidden_size, dtype=self.dtype)

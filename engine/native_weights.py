@@ -101,30 +101,30 @@ def pack_decoder(decoder: Decoder, library: ctypes.CDLL) -> NativeWeights:
 
 
 def _layer(packer: Packer, layer: LayerWeights, window: int | None) -> LayerStruct:
-    attention, mlp = layer.attention, layer.mlp
-    if not isinstance(mlp, MlpWeights):
+    if not isinstance(layer.mlp, MlpWeights):
         raise ValueError("expert layers are not packed")
-    return LayerStruct(
-        input_norm=packer.keep(layer.input_norm),
-        post_norm=packer.keep(layer.post_norm),
-        **_attention(packer, attention),
-        gate_up=packer.pack(mlp.gate_up, interleave=True),
-        gate_up_bias=packer.bias(mlp.gate_up_bias, interleave=True),
-        down=packer.pack(mlp.down),
-        down_bias=packer.bias(mlp.down_bias),
-        window=window or 0,
-    )
+    struct = LayerStruct(window=window or 0)
+    struct.input_norm = packer.keep(layer.input_norm)
+    struct.post_norm = packer.keep(layer.post_norm)
+    _point_at_attention(struct, packer, layer.attention)
+    _point_at_mlp(struct, packer, layer.mlp)
+    return struct
 
 
-def _attention(packer: Packer, attention: AttentionWeights) -> dict[str, int | None]:
-    return {
-        "qkv": packer.pack(attention.qkv),
-        "qkv_bias": packer.bias(attention.qkv_bias),
-        "q_norm": packer.keep(attention.q_norm),
-        "k_norm": packer.keep(attention.k_norm),
-        "out": packer.pack(attention.out),
-        "out_bias": packer.bias(attention.out_bias),
-    }
+def _point_at_attention(struct: LayerStruct, packer: Packer, attention: AttentionWeights) -> None:
+    struct.qkv = packer.pack(attention.qkv)
+    struct.qkv_bias = packer.bias(attention.qkv_bias)
+    struct.q_norm = packer.keep(attention.q_norm)
+    struct.k_norm = packer.keep(attention.k_norm)
+    struct.out = packer.pack(attention.out)
+    struct.out_bias = packer.bias(attention.out_bias)
+
+
+def _point_at_mlp(struct: LayerStruct, packer: Packer, mlp: MlpWeights) -> None:
+    struct.gate_up = packer.pack(mlp.gate_up, interleave=True)
+    struct.gate_up_bias = packer.bias(mlp.gate_up_bias, interleave=True)
+    struct.down = packer.pack(mlp.down)
+    struct.down_bias = packer.bias(mlp.down_bias)
 
 
 def _packed_bound(weights: DecoderWeights) -> int:
