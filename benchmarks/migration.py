@@ -1,10 +1,11 @@
 """How long a stream stands still while its sequence moves to another engine, over real UCX between two processes.
 
-    PYTHONPATH=tests python benchmarks/migration.py            [--context 2000] [--moves 10] [--tls all]
+    PYTHONPATH=tests python benchmarks/migration.py            [--size small] [--context 2000] [--moves 10] [--tls all]
 
-One stream at a time decodes; it is moved to and fro. The pause of a move is the longest gap between two tokens round
-it minus the mean step; beside it stands what it may be: two steps and one round trip of the transfer plane. The stream
-is compared with the same one unmoved.
+One stream at a time decodes; it is moved to and fro. The pause of a move is a gap between two tokens minus the mean
+step of the same stream unmoved: the one at the handover, and the longest round the whole move, which shares the
+machine's cores with the copy. Beside them stands what a pause may be: two steps and one round trip of the transfer
+plane. The tokens are compared with those of the unmoved stream.
 """
 
 from __future__ import annotations
@@ -22,25 +23,30 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kvbaton.engine.request import Request, SamplingParams
-from kvbaton.engine.tiny import make_tiny
+from kvbaton.engine.tiny import TinySpec, make_tiny
 from kvbaton.router.engine_info import Role
 from support.local_cluster import LocalCluster
 
 ROLES = (Role.PREFILL, Role.DECODE, Role.DECODE)
 DECODERS = ("decode-1", "decode-2")
+SIZES = {
+    "tiny": TinySpec(),
+    "small": TinySpec(layers=12, hidden=384, heads=12, kv_heads=6, head_dim=32, check=False),
+}
 WARM_TOKENS = 20
 TOKENS_BETWEEN = 40
 
 
 @dataclass(frozen=True, slots=True)
 class MoveFigures:
-    """Milliseconds. `whole_ms`: from the order to its end; `gap_ms`: the longest between two tokens from 1 before the
-    order to 5 after the end."""
+    """Milliseconds. `whole_ms`: from the order to its end. `handover_ms`: between the source's last token and the
+    target's first; `longest_ms`: the longest gap from 1 token before the order to 5 after the end, the copy included.
+    Either minus the mean step is a pause."""
 
     context_tokens: int
     whole_ms: float
-    gap_ms: float
-    pause_ms: float
+    handover_ms: float
+    longest_ms: float
 
 
 class TimedStream:
@@ -49,6 +55,7 @@ class TimedStream:
     def __init__(self, cluster: LocalCluster, request: Request) -> None:
         self.tokens: list[int] = []
         self.times: list[float] = []
+        self.engines: list[str] = []  # which one the sample was at when the token came
         self._cluster = cluster
         self._request = request
         self._changed = asyncio.Event()
@@ -68,6 +75,12 @@ class TimedStream:
         """Between token i and i + 1, for i in [first, last)."""
         return [self.times[i + 1] - self.times[i] for i in range(first, last)]
 
+    def handover_s(self, first: int, last: int) -> float:
+        """The gap before the first token of another engine, in the tokens [first, last)."""
+        start = self.engines[first - 1]
+        at = next(i for i in range(first, last) if self.engines[i] != start)
+        return self.times[at] - self.times[at - 1]
+
     async def _read(self) -> None:
         async for outputs in self._cluster.client.generate(self._request):
             now = time.perf_counter()
@@ -75,6 +88,7 @@ class TimedStream:
                 assert output.token_id is not None
                 self.tokens.append(output.token_id)
                 self.times.append(now)
+                self.engines.append(self.engines[-1] if output.finish else self.engine())
             self._changed.set()
         self._changed.set()
 
@@ -98,18 +112,12 @@ async def moved_stream(cluster: LocalCluster, request: Request, moves: int) -> t
         spans.append((before, len(stream.tokens), time.perf_counter() - started))
         await stream.has(len(stream.tokens) + TOKENS_BETWEEN)
     await stream.task
-    step_s = statistics.fmean(_undisturbed(stream, spans))
     figures = []
     for before, after, whole_s in spans:
         gap_s = max(stream.gaps(max(0, before - 1), min(after + 5, len(stream.tokens) - 1)))
         context = len(request.prompt) + after
-        figures.append(MoveFigures(context, whole_s * 1e3, gap_s * 1e3, (gap_s - step_s) * 1e3))
+        figures.append(MoveFigures(context, whole_s * 1e3, stream.handover_s(before, after + 5) * 1e3, gap_s * 1e3))
     return stream, figures
-
-
-def _undisturbed(stream: TimedStream, spans: list[tuple[int, int, float]]) -> list[float]:
-    moving = {i for before, after, _ in spans for i in range(max(0, before - 1), after + 5)}
-    return [gap for i, gap in enumerate(stream.gaps(0, len(stream.tokens) - 1)) if i > 5 and i not in moving]
 
 
 async def round_trip_s(cluster: LocalCluster) -> float:
@@ -128,11 +136,13 @@ async def measure(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         round_trip = await round_trip_s(cluster)
         await cluster.assert_clean()
     step_s = statistics.fmean(still.gaps(5, len(still.tokens) - 1))
-    pauses = [figure.pause_ms for figure in figures]
+    handovers = [figure.handover_ms - step_s * 1e3 for figure in figures]
+    longest = [figure.longest_ms - step_s * 1e3 for figure in figures]
     return {
         "command": " ".join(["PYTHONPATH=tests python", *sys.argv]),
         "date": datetime.now(UTC).date().isoformat(),
         "cpus": os.cpu_count(),
+        "size": args.size,
         "load_average": os.getloadavg()[0],
         "tokens_equal": stream.tokens == still.tokens,
         "tokens": len(still.tokens),
@@ -140,8 +150,10 @@ async def measure(args: argparse.Namespace, folder: Path) -> dict[str, object]:
         "worst_gap_unmoved_ms": max(still.gaps(5, len(still.tokens) - 1)) * 1e3,
         "round_trip_ms": round_trip * 1e3,
         "allowed_pause_ms": (2 * step_s + round_trip) * 1e3,
-        "median_pause_ms": statistics.median(pauses),
-        "worst_pause_ms": max(pauses),
+        "median_handover_pause_ms": statistics.median(handovers),
+        "worst_handover_pause_ms": max(handovers),
+        "median_longest_pause_ms": statistics.median(longest),
+        "worst_longest_pause_ms": max(longest),
         "moves": [asdict(figure) for figure in figures],
     }
 
@@ -150,12 +162,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=2000, help="prompt tokens")
     parser.add_argument("--moves", type=int, default=10)
+    parser.add_argument("--size", choices=sorted(SIZES), default="tiny", help="of the model")
     parser.add_argument("--tls", default="all", help="UCX_TLS, e.g. tcp")
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     args = parser.parse_args()
     os.environ["UCX_TLS"] = args.tls
     with tempfile.TemporaryDirectory() as folder:
-        make_tiny(Path(folder))
+        make_tiny(Path(folder), SIZES[args.size])
         result = asyncio.run(measure(args, Path(folder)))
     text = json.dumps(result, indent=2)
     sys.stdout.write(text + "\n")

@@ -58,6 +58,10 @@ class GenerationClient(Protocol):
         """One sample of several needs no more tokens (a stop string matched); outputs for it may cease."""
         ...
 
+    def cancel(self, request_id: str) -> bool:
+        """End a request in whatever state it is: its stream raises `Cancelled`. False if it is not in progress here."""
+        ...
+
     def ready(self) -> bool:
         """True while at least one engine can prefill and one can decode."""
         ...

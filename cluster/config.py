@@ -118,7 +118,8 @@ class RouterSettings:
 
 @dataclass(frozen=True, slots=True)
 class HttpSettings:
-    """The public endpoint. `replicas` are ingress processes behind one port."""
+    """The public endpoint. `replicas` are ingress processes behind one port. No request takes longer than
+    `request_timeout_s`, whatever limit it brings."""
 
     host: str = "127.0.0.1"
     port: Port = 8000
@@ -126,6 +127,7 @@ class HttpSettings:
     max_ongoing_requests: Annotated[int, Range(1, 1 << 20)] = 4096
     max_body: Annotated[int, ByteSize(1024)] = 16 << 20
     shutdown_timeout_s: Seconds = 20.0
+    request_timeout_s: Seconds = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,8 @@ class ClusterConfig:
         if pools.hybrid == 0 and (pools.prefill == 0 or pools.decode == 0):
             missing = "prefill" if pools.prefill == 0 else "decode"
             raise ConfigError(f"pools: no engine can {missing}; set --{missing} 1, or --hybrid 1")
+        if not all(key.strip() for key in self.security.api_keys):
+            raise ConfigError("security.api_keys: a key is empty")
         if self.engine.prefill_chunk_tokens > self.engine.max_tokens_per_step:
             raise ConfigError(
                 f"engine.prefill_chunk_tokens ({self.engine.prefill_chunk_tokens}) exceeds "

@@ -6,12 +6,14 @@ import asyncio
 import logging
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
 from kvbaton import __version__
+from kvbaton.cluster.cancel_feed import CancelFeed
 from kvbaton.cluster.client import ClientConfig, ClusterClient
 from kvbaton.cluster.config import HttpSettings, RouterSettings
 from kvbaton.cluster.engine_metrics import render_engine_metrics
@@ -58,12 +60,14 @@ class Ingress:
         membership: Membership,
         client: ClusterClient,
         prefixes: PrefixFollower,
+        cancels: CancelFeed,
         service: Service,
     ) -> None:
         self._store = store
         self._membership = membership
         self._client = client
         self._prefixes = prefixes
+        self._cancels = cancels
         self.service = service
 
     @classmethod
@@ -79,7 +83,11 @@ class Ingress:
         membership.subscribe(prefixes.follow)
         prefixes.start()
         service = _service(settings, membership, client)
-        return cls(store, membership, client, prefixes, service)
+        cancels = CancelFeed(store, partial(_cancel, client, service))
+        if settings.http.replicas > 1:
+            service = replace(service, cancel_elsewhere=cancels.tell)
+            cancels.start()
+        return cls(store, membership, client, prefixes, cancels, service)
 
     def app(self) -> FastAPI:
         from kvbaton.cluster.http.app import create_app
@@ -89,8 +97,16 @@ class Ingress:
     async def close(self) -> None:
         await self._client.close()
         await self._prefixes.close()
+        await self._cancels.close()
         await self._membership.close()
         await self._store.close()
+
+
+def _cancel(client: ClusterClient, service: Service, call_id: str) -> None:
+    from kvbaton.cluster.http.cancel import cancel_call
+
+    if cancel_call(client, call_id, service.limits.max_prompts):
+        log.info("call %s was cancelled at another replica", call_id)
 
 
 async def _wait_for_engines(client: ClusterClient) -> None:
@@ -108,7 +124,11 @@ def _client(membership: Membership, settings: IngressSettings) -> ClusterClient:
         Router(router_config, time.monotonic, Random()),
         settings.secret,
         f"ingress-{uuid.uuid4().hex[:12]}",
-        ClientConfig(max_resumes=settings.router.max_resumes),
+        ClientConfig(
+            max_resumes=settings.router.max_resumes,
+            request_timeout_s=settings.http.request_timeout_s,
+            max_in_flight=settings.http.max_ongoing_requests * 4,  # a call may have several prompts
+        ),
     )
 
 

@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from kvbaton.cluster.http.cancel import CancelEndpoint
 from kvbaton.cluster.http.chat import ChatEndpoint
 from kvbaton.cluster.http.completions import CompletionEndpoint
 from kvbaton.cluster.http.errors import ApiError, ErrorBody, from_invalid_request
@@ -39,6 +40,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     routes: tuple[tuple[str, str, Callable[..., Awaitable[Response]]], ...] = (
         ("POST", "/v1/chat/completions", ChatEndpoint(service, texts).create),
         ("POST", "/v1/completions", CompletionEndpoint(service, texts).create),
+        ("DELETE", "/v1/requests/{call_id}", CancelEndpoint(service).cancel),
         ("POST", "/tokenize", tokens.tokenize),
         ("POST", "/detokenize", tokens.detokenize),
         ("GET", "/v1/models", status.models),

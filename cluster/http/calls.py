@@ -44,15 +44,28 @@ def extras(body: GenerationFields, logprobs: bool) -> Extras:
     )
 
 
+def request_name(call_id: str, prompt: int) -> str:
+    """What the cluster calls the request of one prompt of a call."""
+    return f"{call_id}-{prompt}"
+
+
 class CallBuilder:
     """Makes the runs of one call, prompt after prompt, numbering its choices."""
 
-    def __init__(self, service: Service, body: GenerationFields, call_id: str, budget: TokenBudget) -> None:
+    def __init__(
+        self,
+        service: Service,
+        body: GenerationFields,
+        call_id: str,
+        budget: TokenBudget,
+        timeout_s: float | None = None,
+    ) -> None:
         self.runs: list[PromptRun] = []
         self._service = service
         self._body = body
         self._call_id = call_id
         self._budget = budget
+        self._timeout_s = timeout_s
         self._stops = stop_strings(body.stop, service.limits)
 
     def add(self, prompt: Prompt, depth: LogprobDepth, discard: bool = False) -> None:
@@ -61,11 +74,12 @@ class CallBuilder:
         max_tokens = self._budget.resolve(len(prompt.token_ids), service.model.max_model_len)
         params = sampling_params(body, service, max_tokens, depth)
         request = Request(
-            request_id=f"{self._call_id}-{len(self.runs)}",
+            request_id=request_name(self._call_id, len(self.runs)),
             prompt=prompt.token_ids,
             sampling=params,
             sample_indices=tuple(range(params.n)),
             cache_salt=body.cache_salt or "",
+            timeout_s=self._timeout_s,
         )
         rules = TextRules(
             stops=self._stops,

@@ -8,6 +8,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from kvbaton.cluster.http.calls import CallBuilder, check_common, envelope, extras
+from kvbaton.cluster.http.cancel import time_limit_s
 from kvbaton.cluster.http.chat_render import ChatShape, ChatStream, ChatWhole
 from kvbaton.cluster.http.errors import bad_request, unsupported
 from kvbaton.cluster.http.logprobs import TokenTexts
@@ -33,7 +34,7 @@ class ChatEndpoint:
             raise unsupported("echo", " here: use /v1/completions")
         depth = logprob_depth(body)
         call_id = f"chatcmpl-{service.new_id()}"
-        calls = CallBuilder(service, body, call_id, token_budget(body))
+        calls = CallBuilder(service, body, call_id, token_budget(body), time_limit_s(http, body))
         prompt = await read_chat(service.tokenizer, service.model, body)
         calls.add(prompt, depth)
         shape = ChatShape(

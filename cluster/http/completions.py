@@ -6,6 +6,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from kvbaton.cluster.http.calls import CallBuilder, check_common, envelope, extras
+from kvbaton.cluster.http.cancel import time_limit_s
 from kvbaton.cluster.http.completion_render import CompletionShape, CompletionStream, CompletionWhole
 from kvbaton.cluster.http.errors import bad_request, unsupported
 from kvbaton.cluster.http.logprobs import TokenTexts
@@ -29,7 +30,7 @@ class CompletionEndpoint:
         check_common(body, service)
         check_legacy(body)
         call_id = f"cmpl-{service.new_id()}"
-        calls = CallBuilder(service, body, call_id, token_budget(body))
+        calls = CallBuilder(service, body, call_id, token_budget(body), time_limit_s(http, body))
         prompts = split_prompts(body.prompt, service.limits.max_prompts)
         depth = LogprobDepth(body.logprobs, body.logprobs if body.echo else None)
         for prompt in await read_prompts(

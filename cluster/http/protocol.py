@@ -73,6 +73,7 @@ class GenerationFields(BaseModel):
     return_token_ids: bool | None = False
     response_format: ResponseFormat | None = None
     cache_salt: str | None = None
+    timeout: float | None = None
 
     def check_supported(self) -> None:
         """Raise `ApiError` for a field that could not be honoured."""

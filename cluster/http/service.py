@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -100,7 +100,8 @@ def no_extra_metrics() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One ingress replica. Empty `api_keys`: no key is asked. `extra_metrics` is appended to `/metrics`."""
+    """One ingress replica. Empty `api_keys`: no key is asked. `extra_metrics` is appended to `/metrics`.
+    `cancel_elsewhere` tells the other replicas of a cancelled call, where there are others."""
 
     client: GenerationClient
     tokenizer: TextTokenizer
@@ -111,6 +112,7 @@ class Service:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     metrics: HttpMetrics = field(default_factory=HttpMetrics)
     extra_metrics: Callable[[], str] = no_extra_metrics
+    cancel_elsewhere: Callable[[str], Awaitable[bool]] | None = None
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
     new_seed: Callable[[], int] = random_seed

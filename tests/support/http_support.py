@@ -38,6 +38,7 @@ class ScriptedClient:
         self.closed: list[str] = []
         self.aborted: list[str] = []
         self.finished_samples: list[tuple[str, int]] = []
+        self.cancelled: list[str] = []
         self.started = asyncio.Event()
         self.all_closed = asyncio.Event()
 
@@ -68,6 +69,10 @@ class ScriptedClient:
 
     def finish_sample(self, request_id: str, sample: int) -> None:
         self.finished_samples.append((request_id, sample))
+
+    def cancel(self, request_id: str) -> bool:
+        self.cancelled.append(request_id)
+        return request_id in self.running
 
     def ready(self) -> bool:
         return self.is_ready
