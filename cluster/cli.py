@@ -78,7 +78,7 @@ def _bench_transfer(arguments: list[str]) -> int:
 def _make_model(arguments: list[str]) -> int:
     from kvbaton.engine import tiny
 
-    return tiny.main(arguments)
+    return tiny.main(arguments, program="kvbaton make-model")
 
 
 def _env(arguments: list[str]) -> int:

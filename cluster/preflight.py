@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+from collections.abc import Container
 from dataclasses import dataclass
 
 import psutil
 
-from kvbaton.cluster.config import ClusterConfig, HttpSettings, TransferSettings
+from kvbaton.cluster.config import ClusterConfig, HttpSettings, ModelSettings, TransferSettings
 from kvbaton.cluster.devices import count_gpus, resolve_device
 from kvbaton.cluster.redis_store import RedisStore
 from kvbaton.cluster.store import StoreUnavailable
 from kvbaton.engine.config import ConfigError
 from kvbaton.engine.hf_config import load_model_config
 from kvbaton.engine.model_config import ModelConfig
+from kvbaton.engine.tokenizer import check_tokenizer
 from kvbaton.kvtransfer.settings import CHECKSUM_OFF
 
 
@@ -30,7 +32,7 @@ class Preflight:
 
 def check_launch(config: ClusterConfig) -> Preflight:
     """Raises `ConfigError` for the first thing that cannot work."""
-    model = load_model_config(config.model.path)
+    model = check_model(config.model)
     joined = config.ray.address is not None
     if joined and config.store.redis is None:
         raise ConfigError(
@@ -48,6 +50,21 @@ def check_launch(config: ClusterConfig) -> Preflight:
     return Preflight(model, device, num_gpus)
 
 
+def check_model(settings: ModelSettings) -> ModelConfig:
+    """Raise `ConfigError` for what is wrong with the model's small files, before anything waits for the large ones."""
+    if settings.path == ModelSettings().path and not settings.path.exists():
+        raise ConfigError(
+            f"no model is named, and {settings.path} does not exist: --model FOLDER, or make a tiny one first: "
+            f"kvbaton make-model {settings.path}"
+        )
+    model = load_model_config(settings.path)
+    check_tokenizer(settings.path)
+    wanted, trained = settings.max_model_len, model.max_position_embeddings
+    if wanted is not None and wanted > trained:
+        raise ConfigError(f"--max-model-len {wanted} exceeds the model's max_position_embeddings, {trained}")
+    return model
+
+
 def check_checksum(transfer: TransferSettings, device: str) -> None:
     """Raise `ConfigError` for checksums of blocks that never are in host memory."""
     if device == "cuda" and transfer.checksum != CHECKSUM_OFF:
@@ -56,8 +73,8 @@ def check_checksum(transfer: TransferSettings, device: str) -> None:
         )
 
 
-def check_port(http: HttpSettings) -> None:
-    """Raise `ConfigError` when the endpoint's port cannot be opened, naming who has it."""
+def check_port(http: HttpSettings, ours: Container[int | None] = ()) -> None:
+    """Raise `ConfigError` when the endpoint's port cannot be opened, naming who has it; processes in `ours` may."""
     try:
         family = socket.getaddrinfo(http.host, http.port, type=socket.SOCK_STREAM)[0][0]
     except socket.gaierror as error:
@@ -71,14 +88,17 @@ def check_port(http: HttpSettings) -> None:
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise ConfigError(f"cannot listen on {http.host}:{http.port}: {error.strerror}") from None
-            who, other = _listening(http.port) or "another process", _other(http)
+            pid = _listening(http.port)
+            if pid in ours:
+                return
+            who, other = _name(pid), _other(http)
             raise ConfigError(
                 f"port {http.port} on {http.host} is in use by {who}; stop it, or choose another: --port {other} "
                 f"(make serve PORT={other})"
             ) from None
 
 
-def _listening(port: int) -> str | None:
+def _listening(port: int) -> int | None:
     """The process that listens on a port, as far as this user may know."""
     try:
         connections = psutil.net_connections("tcp")
@@ -86,13 +106,13 @@ def _listening(port: int) -> str | None:
         return None
     for connection in connections:
         if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port:
-            return _name(connection.pid)
+            return connection.pid
     return None
 
 
 def _name(pid: int | None) -> str:
     if pid is None:
-        return "a process of another user"
+        return "another process"
     try:
         return f"{psutil.Process(pid).name()} (pid {pid})"
     except psutil.Error:
@@ -121,6 +141,7 @@ def check_redis(url: str, namespace: str) -> None:
     try:
         asyncio.run(ask())
     except StoreUnavailable as error:
+        said = str(error).rstrip(".")
         raise ConfigError(
-            f"store.redis: {error}. Start it, correct --redis, or leave it out to have an embedded server started"
+            f"store.redis: {said}. Start it, correct --redis, or leave it out to have an embedded server started"
         ) from None

@@ -7,6 +7,7 @@ engine by itself: the response generator's end does, through the session plane.
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from ray import serve
@@ -17,6 +18,7 @@ from kvbaton.cluster.config import ClusterConfig
 from kvbaton.cluster.ingress import Ingress, IngressSettings
 from kvbaton.cluster.launch_types import Launch, LaunchFailed
 from kvbaton.cluster.preflight import check_port
+from kvbaton.cluster.reaper import MARKER_VARIABLE, processes_of
 
 APP_NAME = "kvbaton"
 INGRESS_CPUS = 1.0
@@ -57,7 +59,9 @@ class ServeApp:
             )
             serve.run(_application(self._launch), name=APP_NAME, route_prefix="/")
         except (RuntimeError, RayError) as error:
-            check_port(config.http)  # somebody may have taken it since the first check: that says more
+            # Somebody else may have taken the port since the first check: that says more.
+            marker = os.environ.get(MARKER_VARIABLE, "")
+            check_port(config.http, ours=processes_of(marker, str(self._launch.run_dir)))
             raise LaunchFailed(f"the endpoint did not start: {_last_line(error)}") from error
         return f"http://{_shown_host(config)}:{config.http.port}"
 

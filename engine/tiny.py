@@ -186,9 +186,9 @@ def _named(prefix: str, model_type: str) -> dict[str, Any]:
     return {"architectures": [f"{prefix}ForCausalLM"], "model_type": model_type}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; prints one line."""
-    parser = argparse.ArgumentParser(prog="python -m kvbaton.engine.tiny", description="Make a tiny random checkpoint.")
+def main(arguments: list[str] | None = None, program: str = "python -m kvbaton.engine.tiny") -> int:
+    """The command; prints one line. `program` is what it is called by."""
+    parser = argparse.ArgumentParser(prog=program, description="Make a tiny random checkpoint.")
     defaults = TinySpec()
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--family", type=Family, choices=list(Family), default=defaults.family)
@@ -202,7 +202,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         seed = make_tiny(out, TinySpec(**values))
     except (ConfigError, NoGoodSeed) as error:
-        parser.exit(1, f"{error}\n")
+        parser.exit(1, f"error: {error}\n")
+    except OSError as error:
+        parser.exit(1, f"error: cannot write {out}: {error.strerror}\n")
     sys.stdout.write(f"{values['family']} model with seed {seed} written to {out}\n")
     return 0
 

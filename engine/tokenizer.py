@@ -19,6 +19,25 @@ from kvbaton.engine.request import InvalidRequest
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
+def check_tokenizer(folder: Path) -> None:
+    """Raise `ConfigError` when a model folder's tokenizer is missing or damaged, without the seconds a load takes."""
+    _check_present(folder)
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return
+    from tokenizers import Tokenizer as RustTokenizer
+
+    try:
+        RustTokenizer.from_file(str(path))
+    except Exception as error:  # plain Exception is what it raises for a damaged file
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def _check_present(folder: Path) -> None:
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        raise ConfigError(f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there")
+
+
 class Tokenizer:
     """Immutable once loaded; safe to share between threads."""
 
@@ -37,8 +56,7 @@ class Tokenizer:
         """The tokenizer of a model folder; raises `ConfigError` naming what is missing or damaged."""
         if not folder.is_dir():
             raise ConfigError(f"model folder {folder} does not exist or is not a folder")
-        if not any((folder / name).exists() for name in _TOKENIZER_FILES):
-            raise ConfigError(f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there")
+        _check_present(folder)
         hf = _read(folder)
         if getattr(hf, "backend_tokenizer", None) is None:
             raise ConfigError(f"{folder}: {type(hf).__name__} is not supported; a tokenizer.json is needed")

@@ -91,3 +91,16 @@ def test_env_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if len(line.split()) > 1)
     assert lines["kvbaton"] == kvbaton.__version__
     assert lines["torch"] != "not installed"
+
+
+def test_make_model_says_in_one_line_that_it_cannot_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against a traceback for a path that goes through a file."""
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "model"
+    assert exit_status("make-model", str(out)) == cli.EXIT_FAILED
+    assert capsys.readouterr().err == f"error: cannot write {out}: Not a directory\n"
+
+
+def test_make_model_helps_under_its_own_name(capsys: pytest.CaptureFixture[str]) -> None:
+    exit_status("make-model", "--help")
+    assert capsys.readouterr().out.startswith("usage: kvbaton make-model ")

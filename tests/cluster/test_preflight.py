@@ -50,6 +50,14 @@ def test_a_port_in_use_is_refused_with_its_owner_and_a_free_one() -> None:
     check_port(HttpSettings(port=other))
 
 
+def test_the_launchs_own_listener_is_no_stranger() -> None:
+    """Guards what a failed start says: that HAProxy of this very launch has the port tells nobody anything."""
+    with socket.create_server(("127.0.0.1", 0)) as own:
+        http = HttpSettings(port=own.getsockname()[1])
+        check_port(http, ours=[os.getpid()])
+        assert "is in use by" in refused(lambda: check_port(http, ours=[os.getpid() + 1]))
+
+
 def test_a_port_left_in_time_wait_is_free() -> None:
     """Guards against refusing a quick restart: HAProxy sets SO_REUSEADDR, so the check must."""
     with socket.socket() as server:
@@ -89,6 +97,8 @@ def test_a_redis_that_answers_passes() -> None:
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "rwkv"}'), "config.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json cannot be read"),
     ],
 )
 def test_a_damaged_model_folder_is_named(
@@ -96,7 +106,8 @@ def test_a_damaged_model_folder_is_named(
 ) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "config.json").write_bytes((tiny_model("llama") / "config.json").read_bytes())
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_bytes((tiny_model("llama") / name).read_bytes())
     spoil(folder)
     config = ClusterConfig(model=ModelSettings(path=folder))
     assert message in refused(lambda: check_launch(config))
@@ -105,6 +116,18 @@ def test_a_damaged_model_folder_is_named(
 def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
     config = ClusterConfig(model=ModelSettings(path=tmp_path / "none"))
     assert str(tmp_path / "none") in refused(lambda: check_launch(config))
+
+
+def test_no_model_at_all_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = refused(lambda: check_launch(ClusterConfig()))
+    assert "--model FOLDER" in message
+    assert "kvbaton make-model models/tiny" in message
+
+
+def test_a_length_past_the_models_own_is_refused_before_anything_starts(tiny_model: TinyModel) -> None:
+    config = ClusterConfig(model=ModelSettings(path=tiny_model("llama"), max_model_len=10**6))
+    assert "--max-model-len 1000000 exceeds" in refused(lambda: check_launch(config))
 
 
 def test_a_launch_that_can_work_passes(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
