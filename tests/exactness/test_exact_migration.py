@@ -63,9 +63,9 @@ class Reader:
 async def test_long_sequence_moves_while_it_decodes(tiny_model: TinyModels) -> None:
     """2,000 tokens of context, there and back; and three samples of another request, one of which moves."""
     async with LocalCluster(tiny_model(Family.LLAMA), ROLES) as cluster:
-        still = await cluster.tokens(sampled("still", CONTEXT, 120))
-        still_n = await cluster.tokens(sampled("still-n", 300, 60, n=3))
-        moving, several = Reader(cluster, sampled("moving", CONTEXT, 120)), Reader(cluster, sampled("n", 300, 60, n=3))
+        still = await cluster.tokens(sampled("still", CONTEXT, 500))
+        still_n = await cluster.tokens(sampled("still-n", 300, 400, n=3))
+        moving, several = Reader(cluster, sampled("moving", CONTEXT, 500)), Reader(cluster, sampled("n", 300, 400, n=3))
         await moving.has(10)
         await several.has(5)
         names = {"decode-1", "decode-2"}
@@ -82,7 +82,7 @@ async def test_long_sequence_moves_while_it_decodes(tiny_model: TinyModels) -> N
 
 async def test_drained_engine_empties_while_its_streams_go_on(tiny_model: TinyModels) -> None:
     async with LocalCluster(tiny_model(Family.QWEN3), ROLES) as cluster:
-        requests = [sampled(f"r{i}", 60 + 40 * i, 160) for i in range(4)]
+        requests = [sampled(f"r{i}", 60 + 40 * i, 500) for i in range(4)]
         still = [await cluster.tokens(request) for request in requests]
         readers = [Reader(cluster, request) for request in requests]
         for reader in readers:

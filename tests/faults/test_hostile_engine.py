@@ -68,12 +68,16 @@ async def attack(port: int, data: bytes) -> bytes:
     writer.write(data)
     if data == ATTACKS["half a frame"]:
         writer.write_eof()
+    answer = b""
     try:
-        return await asyncio.wait_for(reader.read(1 << 20), 15)
+        async with asyncio.timeout(15):
+            while received := await reader.read(1 << 16):
+                answer += received
     except ConnectionError:
-        return b""
+        pass  # hung up without a close
     finally:
         writer.close()
+    return answer
 
 
 def files(pid: int) -> int:
