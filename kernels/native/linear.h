@@ -20,6 +20,9 @@
 #define TILE_VECS (TILE_COLS / LANES)
 #define DEPTH 4096 /* inputs a pass: a panel's part stays in the second-level cache */
 #define ROW_BLOCK 240 /* rows whose partial sums are kept when there is more than one pass; whole tiles */
+#ifndef X_BYTES
+#define X_BYTES (1 << 20) /* of rows that are worked on together */
+#endif
 #ifndef AHEAD
 #define AHEAD 4096 /* bytes: how far before its use a weight is asked for when it is used once */
 #endif
@@ -218,9 +221,11 @@ static void FN(panel)(const FN(product) * p, int64_t panel, int64_t first, int64
     }
 }
 
-/* One phase: all members work on panels. Rows are cut only where there are too few panels to share out. */
+/* One phase: all members work on panels; rows are cut where they would not stay in the cache from one panel to the next,
+ * or where there are too few panels to share out. */
 static void FN(multiply)(member *me, const FN(product) * p) {
-    int64_t panels = (p->out + PANEL - 1) / PANEL, cuts = 1;
+    int64_t panels = (p->out + PANEL - 1) / PANEL, rows = X_BYTES / (p->in * (int64_t)sizeof *p->x) + 1;
+    int64_t cuts = (p->rows + rows - 1) / rows;
     while (panels * cuts < 4 * me->size && p->rows / (cuts + 1) >= 2 * TILE_ROWS) cuts++;
     share s = share_of(me, panels * cuts, panels / (8 * me->size));
     for (int64_t from, to; share_take(&s, &from, &to);)
