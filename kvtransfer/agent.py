@@ -183,7 +183,7 @@ class TransferAgent:
             )
             return
         handle = Handle(offer.key.request_id, offer.key.epoch, next(self._serials))
-        self._senders[offer.key] = session.offer(handle, offer)
+        self._senders[offer.key] = session.offer(handle, offer, self._now)
 
     def _refuse_offer(self, key: HandoffKey, reason: str) -> None:
         self._emit(Failed(key, reason))

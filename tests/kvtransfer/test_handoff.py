@@ -422,3 +422,23 @@ def test_many_hand_offs_both_ways_keep_their_blocks_apart() -> None:
 def test_settings_that_cannot_work_are_refused_by_name(field: str) -> None:
     with pytest.raises(TransferSettingsError, match=field):
         replace(TransferSettings(), **{field: 0})
+
+
+@pytest.mark.parametrize("idle_s", [11.0, 3600.0])
+def test_first_hand_off_after_an_idle_time_has_its_whole_lease(idle_s: float) -> None:
+    """Guards times of the last poll or the last word taken for now: an idle agent sleeps, and nobody says anything."""
+    rig, prefill, decode = pair()
+    offered(rig, prefill, decode, name="a")
+    decode.agent.grant(key("a"), Landing(4, ()))
+    prefill.agent.blocks_ready(key("a"), [1, 2, 3, 4])
+    prefill.agent.finish(key("a"), b"p")
+    rig.settle()
+    decode.agent.ack(key("a"))
+    rig.settle()
+    prefill.take(), decode.take()
+    rig.clock.now += idle_s  # and no poll in between
+    offered(rig, prefill, decode, name="b")
+    assert decode.take() == [Offered(offer(4, "b"), prefill.agent.address())]
+    rig.advance(9.0)
+    assert (prefill.take(), decode.take()) == ([], [])
+    assert len(prefill.agent.stats().peers) == 1, "over the session that there was"
