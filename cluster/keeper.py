@@ -176,7 +176,7 @@ class EngineKeeper:
     async def _start_one(self) -> float:
         """Start the next incarnation; returns since when it is up. `_engine` stays None if it failed."""
         try:
-            self._generation = await self._tools.next_generation(self.engine_id)
+            self._generation = await self._next_generation()
             self._to(EngineState.STARTING)
             spec = EngineSpec(self.engine_id, self._generation, self.role)
             self._engine = await self._tools.factory.start(spec)
@@ -188,6 +188,13 @@ class EngineKeeper:
         else:
             await self._settle_role(spec.role)
         return self._tools.clock.now()
+
+    async def _next_generation(self) -> int:
+        """Above every one that this keeper has used: a store that lost its data counts from 1 again."""
+        generation = 0
+        while generation <= self._generation:
+            generation = await self._tools.next_generation(self.engine_id)
+        return generation
 
     async def _settle_role(self, started_as: Role) -> None:
         """READY, after a switch that was asked for while the engine started."""

@@ -81,6 +81,19 @@ async def test_generations_come_from_the_state_not_from_memory() -> None:
     await bench.manager.stop()
 
 
+async def test_a_store_that_lost_its_data_gives_out_no_generation_again(bench: Bench) -> None:
+    """Guards against a late message for a dead engine that reaches its replacement under the same generation."""
+    await bench.want(0, 0, 1)
+    for _ in range(2):
+        bench.factory.engines["engine-0"].die("killed")
+        await settle()
+        await bench.clock.advance(BACKOFF.stable_s)
+    bench.state.forget()
+    bench.factory.engines["engine-0"].die("killed")
+    await settle()
+    assert bench.view("engine-0") == (4, Role.HYBRID, EngineState.READY)
+
+
 async def test_backs_off_when_starts_fail_again_and_again(bench: Bench) -> None:
     """Guards against a hot loop on a machine that cannot start the engine: 0, 1, 2, 4, 8, 8 ... seconds."""
     bench.factory.fail = lambda spec: "out of memory"

@@ -142,6 +142,10 @@ class ScriptedState:
         self._given[engine_id] = self._given.get(engine_id, self.base) + 1
         return self._given[engine_id]
 
+    def forget(self) -> None:
+        """As a server without persistence that was started anew."""
+        self._given.clear()
+
     def want(self, prefill: int, decode: int, hybrid: int = 0) -> None:
         self._queue.put_nowait(PoolSettings(prefill, decode, hybrid))
 
