@@ -26,6 +26,7 @@ from kvbaton.cluster.manager import PoolManager, PoolView
 from kvbaton.cluster.pool_state import StorePoolState
 from kvbaton.cluster.redis_store import RedisStore
 from kvbaton.cluster.registry import Membership
+from kvbaton.engine.block_owners import BlockAudit
 from kvbaton.router.engine_info import EngineInfo, Role
 
 MANAGER_NAME = "kvbaton-manager"
@@ -99,6 +100,21 @@ class EngineActor:
     async def stats(self) -> EngineStats:
         host, _ = self._started()
         return await host.stats()
+
+    async def audit(self) -> BlockAudit:
+        """Every KV block by its owner."""
+        host, _ = self._started()
+        return await host.audit()
+
+    async def migrate(self, request_id: str | None, to: str = "") -> None:
+        """Have a running request (None: all) go on at another engine."""
+        host, _ = self._started()
+        await host.migrate(request_id, to)
+
+    async def drain(self) -> None:
+        """Returns when everything that ran here goes on elsewhere."""
+        host, _ = self._started()
+        await host.drain()
 
     async def run(self) -> str:
         """Returns the reason when the engine has failed inside a living process; the process' death raises here."""
