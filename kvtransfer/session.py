@@ -151,8 +151,7 @@ class Session:
     # hand-offs
 
     def offer(self, handle: Handle, offer: Offer, now: float) -> SendHandoff:
-        # Of an idle session the last poll and the peer's last word may be older than any lease.
-        self._now, self._heard = now, self._heard if self.has_handoffs else now
+        self._now, self._heard = now, self._heard if self.has_handoffs else now  # idle: both may be older than a lease
         sender = SendHandoff(handle, offer, self, self._owner.settings.lease_s, now)
         self.senders[handle] = sender
         sender.start()
