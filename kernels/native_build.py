@@ -2,12 +2,14 @@
 
     <cache>/kvbaton/native-<digest>.so      digest of sources, compiler, flags and the processor's features
 
-A home folder shared by different machines holds one library for each kind. A library appears under its name only when
-it is complete (rename), so any number of processes may start at once; at worst two of them compile the same thing.
+A home folder shared by different machines holds one library for each kind. Any number of processes may start at once:
+one compiles, the others wait for it at a lock on the folder, which ends with its holder however that dies. Where a file
+system has no such locks several compile the same thing; a library appears under its name only when complete (rename).
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -15,6 +17,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -36,9 +40,33 @@ def built_library() -> Path:
         raise NativeUnavailable(f"{SWITCH}=0")
     compiler = _compiler()
     path = _cache_folder() / f"native-{_digest(compiler)}.so"
-    if not path.exists():
-        _compile(compiler, path)
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NativeUnavailable(f"{path.parent} cannot be made: {error}") from error
+    with _alone(path.parent):
+        if not path.exists():
+            _compile(compiler, path)
     return path
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time; nobody is kept out where the file system has no locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("another process is compiling CPU kernels; waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            log.info("no lock on %s: %s", folder, error)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _compiler() -> str:
@@ -47,7 +75,7 @@ def _compiler() -> str:
         found = shutil.which(name)
         if found:
             return found
-    raise NativeUnavailable(f"no C compiler: {named or 'gcc or cc'} is not on the PATH")
+    raise NativeUnavailable(f"no C compiler: {named or 'gcc or cc'} is not on the PATH; install one or name it in CC")
 
 
 def _cache_folder() -> Path:
@@ -85,7 +113,6 @@ def _processor() -> str:
 def _compile(compiler: str, path: Path) -> None:
     """Into a file of our own, then renamed."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
     except OSError as error:
         raise NativeUnavailable(f"{path.parent} is not writable: {error}") from error

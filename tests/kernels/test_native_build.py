@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,15 +17,39 @@ from kvbaton.kernels.argmax import best_tokens
 from kvbaton.kernels.native_build import NativeUnavailable, built_library
 from kvbaton.kernels.native_lib import native_library
 
-BUILD = "import ctypes; from kvbaton.kernels.native_build import built_library as b; ctypes.CDLL(str(b())); print(b())"
+BUILD = (
+    "import ctypes, logging; logging.basicConfig(); from kvbaton.kernels.native_build import built_library as b; "
+    "ctypes.CDLL(str(b())); print(b())"
+)
 SLOW_COMPILER = """#!/bin/sh
 [ "$1" = --version ] && exec echo 1.0
 while [ "$1" != -o ]; do shift; done
 head -c 5000 {library} > "$2"
 touch {turns}/$$
-while [ "$(ls {turns} | wc -l)" -lt 2 ]; do sleep 0.05; done
+while [ ! -e {go} ]; do sleep 0.05; done
 tail -c +5001 {library} >> "$2"
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Builders:
+    """Processes that build with a compiler which stops halfway until `go` exists; each of its calls leaves a file in
+    `turns`."""
+
+    folder: Path
+    turns: Path
+    go: Path
+
+    def start(self) -> subprocess.Popen[str]:
+        env = os.environ | {"XDG_CACHE_HOME": str(self.folder), "CC": str(self.folder / "slow-cc")}
+        return subprocess.Popen(
+            [sys.executable, "-c", BUILD], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def wait_for_turn(self, count: int, builder: subprocess.Popen[str]) -> None:
+        while len(list(self.turns.iterdir())) < count:
+            assert builder.poll() is None
+            time.sleep(0.02)
 
 
 @pytest.fixture(autouse=True)
@@ -31,24 +58,55 @@ def _needs_library() -> None:
         pytest.skip("no native library here: see the log for the reason")
 
 
-def test_processes_that_start_together_share_one_library(tmp_path: Path) -> None:
-    """Guards the rename: a half-written library loaded by another process, or files left behind. The compiler here
-    writes its output, the real library, in two parts, and waits between them until all processes are at it."""
-    compiler, turns = tmp_path / "slow-cc", tmp_path / "turns"
-    turns.mkdir()
-    compiler.write_text(SLOW_COMPILER.format(turns=turns, library=built_library()))
+@pytest.fixture
+def builders(tmp_path: Path) -> Iterator[Builders]:
+    made = Builders(tmp_path, tmp_path / "turns", tmp_path / "go")
+    made.turns.mkdir()
+    compiler = tmp_path / "slow-cc"
+    compiler.write_text(SLOW_COMPILER.format(turns=made.turns, go=made.go, library=built_library()))
     compiler.chmod(0o755)
-    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "CC": str(compiler)}
-    started = [subprocess.Popen([sys.executable, "-c", BUILD], env=env, stdout=subprocess.PIPE) for _ in range(2)]
-    paths = {process.communicate(timeout=300)[0].decode().strip() for process in started}
-    assert [process.returncode for process in started] == [0, 0]
-    assert {str(path) for path in (tmp_path / "kvbaton").iterdir()} == paths
+    yield made
+    made.go.touch()
+
+
+def test_of_processes_that_start_together_one_compiles(builders: Builders) -> None:
+    """Guards the lock and the rename. The second process starts while the first one's library is half written: it must
+    say that it waits, compile nothing, load the whole library, and no other file may be left behind."""
+    first = builders.start()
+    builders.wait_for_turn(1, first)
+    second = builders.start()
+    assert second.stderr is not None
+    assert "another process is compiling" in second.stderr.readline()
+    builders.go.touch()
+    paths = {process.communicate(timeout=300)[0].strip() for process in (first, second)}
+    assert [first.returncode, second.returncode] == [0, 0]
+    assert len(list(builders.turns.iterdir())) == 1
+    assert {str(path) for path in (builders.folder / "kvbaton").iterdir()} == paths
     assert len(paths) == 1
+
+
+def test_when_the_compiling_process_dies_a_waiting_one_compiles(builders: Builders) -> None:
+    """Guards against a lock that outlives its holder, and against loading what the dead one had half written."""
+    first = builders.start()
+    builders.wait_for_turn(1, first)
+    second = builders.start()
+    assert second.stderr is not None
+    assert "another process is compiling" in second.stderr.readline()
+    first.kill()
+    builders.wait_for_turn(2, second)
+    builders.go.touch()
+    path = second.communicate(timeout=300)[0].strip()
+    assert second.returncode == 0
+    assert Path(path).read_bytes() == built_library().read_bytes()
+    first.communicate(timeout=300)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
-    [("KVBATON_NATIVE", "0", "KVBATON_NATIVE=0"), ("CC", "no-such-compiler", "is not on the PATH")],
+    [
+        ("KVBATON_NATIVE", "0", "KVBATON_NATIVE=0"),
+        ("CC", "no-such-compiler", "no-such-compiler is not on the PATH; install"),
+    ],
 )
 def test_a_machine_without_a_compiler_is_told_why(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, reason: str
