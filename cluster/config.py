@@ -16,6 +16,8 @@ from kvbaton.kvtransfer.settings import CHECKSUM_OFF, CHECKSUMS
 GIB = 1 << 30
 GPU_BLOCK_SIZE = 64
 CPU_BLOCK_SIZE = 16
+GPU_STEP_TIMEOUT_S = 60.0  # the first steps may compile kernels
+CPU_STEP_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,8 @@ class PoolSettings:
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """One engine's device and limits. `block_size` None: 64 tokens on a GPU, 16 on CPU. `threads` None: the
-    machine's cores divided among its engines. `gpus` below 1 lets engines share a GPU, its memory divided alike."""
+    machine's cores divided among its engines. `gpus` below 1 lets engines share a GPU, its memory divided alike. An
+    engine with a step that takes `step_timeout_s` (None: 60 on a GPU, 300 on CPU) hangs, and is replaced."""
 
     device: Annotated[str, OneOf(("auto", "cpu", "cuda"))] = "auto"
     gpus: Fraction = 1.0
@@ -92,6 +95,7 @@ class EngineSettings:
     max_waiting: Annotated[int, Range(1, 1 << 20)] = 4096
     threads: Annotated[int, Range(1, 1024)] | None = None
     start_timeout_s: Seconds = 600.0
+    step_timeout_s: Seconds | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +188,11 @@ class ClusterConfig:
                 f"engine.prefill_chunk_tokens ({self.engine.prefill_chunk_tokens}) exceeds "
                 f"engine.max_tokens_per_step ({self.engine.max_tokens_per_step})"
             )
+
+    def step_timeout_s(self, device: str) -> float:
+        """How long a step may take on a resolved device."""
+        default = GPU_STEP_TIMEOUT_S if device == "cuda" else CPU_STEP_TIMEOUT_S
+        return self.engine.step_timeout_s or default
 
     def engine_config(self, device: str, threads: int | None) -> EngineConfig:
         """What one engine gets. `device` is resolved: "cpu" or "cuda"."""

@@ -15,11 +15,12 @@ import logging
 import time
 from dataclasses import dataclass, field, replace
 
+from kvbaton.cluster.inbox import AuditWanted, SnapshotWanted
 from kvbaton.cluster.prefix_feed import PrefixPublisher
 from kvbaton.cluster.registry import Registration
 from kvbaton.cluster.session_server import SessionServer
 from kvbaton.cluster.session_types import Move, Notice, Submit
-from kvbaton.cluster.step_loop import AuditWanted, SnapshotWanted, StepCounters, StepLoop
+from kvbaton.cluster.step_loop import StepCounters, StepLoop
 from kvbaton.cluster.store import Store
 from kvbaton.cluster.worker import Worker
 from kvbaton.cluster.worker_types import Abort, MoveAway, MoveOrder, Submitted
@@ -38,11 +39,13 @@ from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
 log = logging.getLogger(__name__)
 
 DRAIN_LOOK_S = 0.5
+STEP_LIMIT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class EngineHostSettings:
-    """`secret` is shared by all engines and ingresses of a cluster; `host` is where both sockets listen."""
+    """`secret` is shared by all engines and ingresses of a cluster; `host` is where both sockets listen. An engine with
+    a step that takes longer than `step_limit_s` counts as hanging."""
 
     engine_id: str
     generation: int
@@ -52,6 +55,7 @@ class EngineHostSettings:
     host: str = "127.0.0.1"
     model_id: str = "model"
     transfer: TransferSettings = field(default_factory=TransferSettings)
+    step_limit_s: float = STEP_LIMIT_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,8 @@ class EngineHost:
         self._failure: asyncio.Future[str] | None = None
         self._stepped = asyncio.Event()
         self._audits: list[asyncio.Future[BlockAudit]] = []
+        self._watch: asyncio.Task[None] | None = None
+        self._failing = False
 
     async def start(self) -> EngineInfo:
         """Load the weights, listen on two free ports, register. Raises `ConfigError`, `StoreUnavailable`, `OSError`."""
@@ -83,6 +89,7 @@ class EngineHost:
         configure_threads(self._settings.engine.threads)
         engine = await asyncio.to_thread(Engine.load, self._settings.engine)
         self._parts = await _assemble(self, engine, self._settings, self._store)
+        self._watch = asyncio.create_task(self._watch_steps(self._parts.steps), name="step-watch")
         log.info("engine %s generation %d is ready", self._settings.engine_id, self._settings.generation)
         return self._parts.registration.info
 
@@ -106,13 +113,13 @@ class EngineHost:
         parts = self._started()
         answer: asyncio.Future[BlockAudit] = asyncio.get_running_loop().create_future()
         self._audits.append(answer)
-        parts.steps.put(AuditWanted())
+        parts.steps.inbox.put(AuditWanted())
         return await answer
 
     async def migrate(self, request_id: str | None, to: str = "") -> None:
         """Have the ingresses move a running request (None: all) to the engine `to`, or where they like. Returns at
         once: the requests are served wherever they are, and go on here if no move succeeds."""
-        self._started().steps.put(MoveAway(request_id, to))
+        self._started().steps.inbox.put(MoveAway(request_id, to))
 
     async def drain(self) -> None:
         """Take nothing new, have everything that runs moved away, and return when the engine is empty. The registry
@@ -136,10 +143,12 @@ class EngineHost:
         parts, self._parts = self._parts, None
         if parts is None:
             return
+        if self._watch is not None:
+            self._watch.cancel()
         await parts.registration.stop()
         await parts.prefixes.stop()
         await parts.sessions.close()
-        await asyncio.to_thread(parts.steps.stop)
+        await asyncio.to_thread(parts.steps.stop, 0.0 if self._failing else None)  # one that hangs is not waited for
         await asyncio.to_thread(parts.agent.close)
 
     def _started(self) -> _Parts:
@@ -150,17 +159,17 @@ class EngineHost:
     # ---- SessionHandler, on the event loop ------------------------------------------------------------------------
 
     def submit(self, session_id: int, submit: Submit) -> None:
-        self._started().steps.put(Submitted(session_id, submit))
+        self._started().steps.inbox.submit(Submitted(session_id, submit))
 
     def abort(self, session_id: int, request_id: str, sample: int | None) -> None:
-        self._started().steps.put(Abort(session_id, request_id, sample))
+        self._started().steps.inbox.put(Abort(session_id, request_id, sample))
 
     def move(self, session_id: int, move: Move) -> None:
-        self._started().steps.put(MoveOrder(session_id, move))
+        self._started().steps.inbox.put(MoveOrder(session_id, move))
 
     def session_lost(self, session_id: int) -> None:
         if self._parts is not None:
-            self._parts.steps.put(Abort(session_id, None))
+            self._parts.steps.inbox.put(Abort(session_id, None))
 
     def stepped(self) -> None:
         """The engine thread has published."""
@@ -173,13 +182,28 @@ class EngineHost:
         self._audits.clear()
 
     async def fail(self, reason: str) -> None:
-        """The engine thread died: say so, and cut every session so that ingresses resume elsewhere at once."""
+        """The engine thread died or hangs: say so, and cut every connection, so that ingresses resume elsewhere and
+        peers give back what they hold for this engine, at once."""
         parts = self._started()
-        reason = f"engine thread died: {reason}"
+        if self._failing:
+            return
+        self._failing = True
+        log.error("engine %s has failed: %s", self._settings.engine_id, reason)
+        closing = asyncio.create_task(asyncio.to_thread(parts.agent.close))
         await parts.sessions.close()
         await parts.registration.update(replace(parts.registration.info, state=EngineState.UNHEALTHY, reason=reason))
-        if self._failure is not None and not self._failure.done():
+        await closing
+        if self._failure is not None:
             self._failure.set_result(reason)
+
+    async def _watch_steps(self, steps: StepLoop) -> None:
+        limit_s = self._settings.step_limit_s
+        while True:
+            left_s = limit_s - steps.busy_s()
+            if left_s < 0:
+                await self.fail(f"a step has not returned for {limit_s - left_s:.1f} s")
+                return
+            await asyncio.sleep(max(0.01, left_s / 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +243,7 @@ class _Publisher:
         self._loop.call_soon_threadsafe(self._prefixes.snapshot, snapshot)
 
     def crashed(self, error: BaseException) -> None:
-        asyncio.run_coroutine_threadsafe(self._host.fail(f"{type(error).__name__}: {error}"), self._loop)
+        asyncio.run_coroutine_threadsafe(self._host.fail(_died(error)), self._loop)
 
     def _notify(self, notices: list[tuple[int, Notice]]) -> None:
         for session_id, notice in notices:
@@ -233,6 +257,10 @@ class _Publisher:
         self._host.stepped()
 
 
+def _died(error: BaseException) -> str:
+    return f"engine thread died: {type(error).__name__}: {error}"
+
+
 class _EventSink:
     """The way into the step loop for parts that are made before it. Thread-safe."""
 
@@ -241,11 +269,11 @@ class _EventSink:
 
     def __call__(self, event: Event) -> None:
         if self.steps is not None:
-            self.steps.put(event)
+            self.steps.inbox.put(event)
 
     def want_snapshot(self) -> None:
         if self.steps is not None:
-            self.steps.put(SnapshotWanted())
+            self.steps.inbox.put(SnapshotWanted())
 
 
 async def _assemble(host: EngineHost, engine: Engine, settings: EngineHostSettings, store: Store) -> _Parts:

@@ -26,6 +26,7 @@ def manager_settings(launch: Launch) -> ManagerSettings:
         host="127.0.0.1" if config.ray.address is None else "",
         model_id=config.model.served_name,
         transfer=transfer_settings(config.transfer),
+        step_limit_s=config.step_timeout_s(device),
     )
     placement = EnginePlacement(
         num_cpus=ENGINE_CPUS,

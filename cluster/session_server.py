@@ -19,7 +19,7 @@ from kvbaton.cluster.session_fields import WireError
 from kvbaton.cluster.session_handshake import EngineHandshake, HandshakeRefused
 from kvbaton.cluster.session_moves import decode_move
 from kvbaton.cluster.session_requests import decode_abort, decode_submit
-from kvbaton.cluster.session_types import Notice, SessionHandler, Submit, refused_outputs
+from kvbaton.cluster.session_types import Notice, SessionHandler, Submit, SubmitRefused, refused_outputs
 from kvbaton.cluster.session_wire import ABORT, BEAT, MOVE, REFUSED, SUBMIT, WELCOME, Encoder, load_fields, unpack
 from kvbaton.engine.request import TokenOutput
 from kvbaton.router.engine_info import EngineLoad
@@ -174,7 +174,11 @@ class _Session:
         """Hand over one request; what the handler cannot take is answered, and the session lives on."""
         try:
             self._server.handler.submit(self.session_id, submit)
+        except SubmitRefused as refusal:
+            self._refuse(submit, str(refusal))
         except Exception as error:
             log.exception("request %s: the engine failed to take it", submit.request.request_id)
-            message = f"{type(error).__name__}: {error}"
-            self._server.publish(self.session_id, refused_outputs(submit, message), self._server.load)
+            self._refuse(submit, f"{type(error).__name__}: {error}")
+
+    def _refuse(self, submit: Submit, reason: str) -> None:
+        self._server.publish(self.session_id, refused_outputs(submit, reason), self._server.load)

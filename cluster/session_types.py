@@ -68,10 +68,16 @@ class MoveWanted:
 Notice = Moved | MoveWanted
 
 
+class SubmitRefused(RuntimeError):
+    """The engine does not even take a request into its inbox; the message is the reason."""
+
+
 class SessionHandler(Protocol):
     """The engine's side of a session server. Called on the event loop; must not block."""
 
-    def submit(self, session_id: int, submit: Submit) -> None: ...
+    def submit(self, session_id: int, submit: Submit) -> None:
+        """Raises `SubmitRefused`."""
+        ...
 
     def abort(self, session_id: int, request_id: str, sample: int | None) -> None:
         """Stop a request (or one sample of it) and release all it holds. Unknown ids are ignored."""

@@ -1,22 +1,21 @@
 """The engine thread: take what came in, step, publish, for ever; sleeps when there is nothing to do.
 
-Everything that changes the sequences and blocks of an engine happens on this thread. Other threads only `put` into its
+Everything that changes the sequences and blocks of an engine happens on this thread. Other threads only put into its
 inbox; what it publishes is handed out as immutable values.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvbaton.cluster.inbox import AuditWanted, Inbox, InboxLimits, SnapshotWanted, Stop
 from kvbaton.cluster.session_types import Notice
 from kvbaton.cluster.worker import Worker
-from kvbaton.cluster.worker_types import Item
 from kvbaton.engine.block_owners import BlockAudit
 from kvbaton.engine.kv_manager import CacheEvent, CacheSnapshot
 from kvbaton.engine.request import TokenOutput
@@ -46,21 +45,6 @@ class StepSink(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Stop:
-    """Put into the inbox to end the loop."""
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotWanted:
-    """Put into the inbox to get `StepSink.snapshot`."""
-
-
-@dataclass(frozen=True, slots=True)
-class AuditWanted:
-    """Put into the inbox to get `StepSink.audited`."""
-
-
-@dataclass(frozen=True, slots=True)
 class StepCounters:
     """Totals since the start; seconds of wall time. `model_s` is inside forward passes, sampling included, and
     `model_cpu_s` the engine thread's CPU time in them."""
@@ -75,30 +59,39 @@ class StepCounters:
 class StepLoop:
     """Runs one `Worker` on a thread of its own."""
 
-    def __init__(self, worker: Worker, sink: StepSink, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        sink: StepSink,
+        clock: Callable[[], float] = time.monotonic,
+        limits: InboxLimits | None = None,
+    ) -> None:
+        """`limits` default to as many unread requests as the worker takes."""
         self._worker = worker
         self._sink = sink
         self._clock = clock
-        self._inbox: queue.SimpleQueue[Item | SnapshotWanted | AuditWanted | _Stop] = queue.SimpleQueue()
+        self.inbox = Inbox(limits or InboxLimits(worker.max_requests))
         self._thread = threading.Thread(target=self._run, name="engine-steps", daemon=True)
         self._stopping = False
         self._ran = False
         self.load = worker.load(0.0)
         self.counters = StepCounters()
-        self.last_turn_s = clock()
+        self._turn_began_s: float | None = None  # None while it waits for something to do
 
     def start(self) -> None:
         self._thread.start()
 
-    def put(self, item: Item | SnapshotWanted | AuditWanted) -> None:
-        """Thread-safe; the item is applied before the next step."""
-        self._inbox.put(item)
-
-    def stop(self) -> None:
-        """Ends the thread after the step in progress."""
-        self._inbox.put(_Stop())
+    def stop(self, wait_s: float | None = None) -> None:
+        """Ends the thread after the step in progress, and waits for that."""
+        self.inbox.put(Stop())
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(wait_s)
+
+    def busy_s(self) -> float:
+        """How long the turn in progress has taken so far, 0 between two. Any thread may ask: it shows a forward pass
+        that does not return."""
+        began_s = self._turn_began_s
+        return 0.0 if began_s is None else self._clock() - began_s
 
     def _run(self) -> None:
         try:
@@ -113,6 +106,10 @@ class StepLoop:
         self._drain_inbox(block)
         if self._stopping:
             return
+        self._step()
+        self._turn_began_s = None
+
+    def _step(self) -> None:
         started = self._clock()
         self._ran = self._worker.step(started)
         step_s = self._clock() - started
@@ -127,24 +124,21 @@ class StepLoop:
             self._sink.notices(notices)
         if events := self._worker.kv.drain_events():
             self._sink.cached(events)
-        self.last_turn_s = started
 
     def _drain_inbox(self, block: bool) -> None:
-        try:
-            item = self._inbox.get(block=block, timeout=WAKE_S)
-            while True:
-                if isinstance(item, _Stop):
-                    self._stopping = True
-                    return
-                if isinstance(item, SnapshotWanted):
-                    self._sink.snapshot(self._worker.kv.snapshot())
-                elif isinstance(item, AuditWanted):
-                    self._sink.audited(self._worker.audit())
-                else:
-                    self._worker.handle(item, self._clock())
-                item = self._inbox.get_nowait()
-        except queue.Empty:
-            return
+        message = self.inbox.get(WAKE_S if block else 0.0)
+        self._turn_began_s = self._clock()
+        while message is not None:
+            if isinstance(message, Stop):
+                self._stopping = True
+                return
+            if isinstance(message, SnapshotWanted):
+                self._sink.snapshot(self._worker.kv.snapshot())
+            elif isinstance(message, AuditWanted):
+                self._sink.audited(self._worker.audit())
+            else:
+                self._worker.handle(message, self._clock())
+            message = self.inbox.get(0.0)
 
     def _count(self, step_s: float) -> None:
         total = self.counters

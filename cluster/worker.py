@@ -34,6 +34,7 @@ from kvbaton.engine.sequence import Sequence, Status
 from kvbaton.engine.stopping import finish_reason
 from kvbaton.kvtransfer.commands import HandoffCommands
 from kvbaton.kvtransfer.messages import Failed, Granted, HandoffKey, Landed, Offered, Released
+from kvbaton.prefill_worker.hold_limit import HoldLimit
 from kvbaton.prefill_worker.outgoing import OutgoingHandoffs
 from kvbaton.prefill_worker.scheduler import PrefillScheduler
 from kvbaton.router.engine_info import EngineLoad
@@ -50,19 +51,20 @@ class Worker:
         self._limits = limits
         # A sequence that outgrew the whole pool could be preempted but never computed again.
         self._max_tokens = min(engine.max_model_len, engine.kv.num_blocks * engine.kv.block_size)
-        self._check = SubmitCheck(self._max_tokens, engine.vocab_size, limits.max_waiting + limits.max_running)
+        self.max_requests = limits.max_waiting + limits.max_running
+        self._check = SubmitCheck(self._max_tokens, engine.vocab_size, self.max_requests)
         self.tracks = Tracks()
         self.owners = BlockOwners()
         self.prefill = PrefillScheduler(engine.kv, limits, self._prompt_starts, self._may_start)
         self.decode = DecodeScheduler(engine.kv, limits.max_running)
         self.outgoing = OutgoingHandoffs(engine.kv, agent, self.owners)
+        self._holds = HoldLimit(self.outgoing, engine.kv.num_blocks, limits)
         self.landings = Landings(engine.kv, agent, self.owners)
         self.arrivals = Arrivals(engine, self.tracks, self.landings, self.decode)
         self.moves = Moves(engine.kv, self.decode, self.outgoing, self._move_ended)
         self.outbox = Outbox()
         self.model_s = 0.0  # wall time inside forward passes
         self.model_cpu_s = 0.0  # and the CPU time of this thread in them
-        self._room_to_hold = 0  # blocks that prompts for other engines may still take in this step
 
     # ---- what comes in ------------------------------------------------------------------------------------------
 
@@ -175,20 +177,17 @@ class Worker:
             budget = min(budget, self._limits.prefill_chunk_tokens)  # a running stream waits for one chunk at most
         if not len(self.prefill.queue):
             return []
-        most = int(self._engine.kv.num_blocks * self._limits.max_held_fraction)
-        self._room_to_hold = most - self.outgoing.num_blocks()
+        self._holds.begin_step()
         return self.prefill.schedule(budget, now)
 
     def _may_start(self, seq: Sequence, num_blocks: int) -> bool:
         track = self.tracks.of(seq)
-        if track is None or track.leg is not Leg.PREFILL or not len(self.outgoing):
-            return True
-        return num_blocks <= self._room_to_hold and len(self.outgoing) < self._limits.max_handoffs
+        return track is None or track.leg is not Leg.PREFILL or self._holds.admits(num_blocks)
 
     def _prompt_starts(self, seq: Sequence) -> None:
         track = self.tracks.of(seq)
         if track is not None and track.leg is Leg.PREFILL and track.submit.peer is not None:
-            self._room_to_hold -= len(seq.block_table)
+            self._holds.took(len(seq.block_table))
             self.outgoing.start(seq, track.submit.peer)
 
     # ---- tokens -------------------------------------------------------------------------------------------------

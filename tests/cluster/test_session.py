@@ -16,7 +16,7 @@ from kvbaton.cluster.session_client import SessionClient, SessionLost
 from kvbaton.cluster.session_connection import SessionLimits
 from kvbaton.cluster.session_handshake import EngineHandshake, HandshakeRefused, IngressHandshake
 from kvbaton.cluster.session_server import SessionServer
-from kvbaton.cluster.session_types import Leg, Submit
+from kvbaton.cluster.session_types import Leg, Submit, SubmitRefused
 from kvbaton.cluster.session_wire import HEADER, HELLO, PROOF, PROTOCOL_VERSION, Encoder, FrameReader, unpack
 from kvbaton.engine.request import FinishReason, TokenOutput
 from kvbaton.kvtransfer.messages import PeerAddress
@@ -279,6 +279,25 @@ async def test_handler_failure_is_answered_and_the_session_lives() -> None:
             (0, FinishReason.ERROR, "RuntimeError: no such pool"),
             (1, FinishReason.ERROR, "RuntimeError: no such pool"),
         ]
+        await client.close()
+
+
+async def test_refusal_on_arrival_is_answered_by_its_reason_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """Guards an overload that fills the log with tracebacks."""
+
+    def refuse(session_id: int, submit: Submit) -> None:
+        raise SubmitRefused("engine inbox is full (3 requests)")
+
+    engine, listener = ScriptedEngine(refuse), Listener()
+    async with serving(engine) as (_, info):
+        client = await connect(info, listener)
+        client.submit(Submit(make_request("r"), Leg.LOCAL))
+        await until(listener.changed, lambda: bool(listener.outputs))
+        assert [(o.finish, o.error) for o in listener.outputs] == [
+            (FinishReason.ERROR, "engine inbox is full (3 requests)")
+        ]
+        assert client.connected
+        assert "Traceback" not in caplog.text
         await client.close()
 
 

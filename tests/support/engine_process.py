@@ -41,6 +41,7 @@ class EngineOptions:
     lease_s: float = 10.0
     block_size: int = 16
     device: str = "cpu"
+    step_limit_s: float = 60.0
 
 
 def host_settings(
@@ -50,7 +51,9 @@ def host_settings(
     batch = BatchConfig(options.max_tokens_per_step, options.prefill_chunk_tokens)
     engine = EngineConfig(model, options.device, dtype="float32", threads=1, cache=cache, batch=batch)
     transfer = TransferSettings(lease_s=options.lease_s)
-    return EngineHostSettings(engine_id, generation, role, engine, SECRET, transfer=transfer)
+    return EngineHostSettings(
+        engine_id, generation, role, engine, SECRET, transfer=transfer, step_limit_s=options.step_limit_s
+    )
 
 
 class EngineProcess:
