@@ -4,6 +4,7 @@
 #   make test         install what the tests need and run all of them
 #   make lint         ruff and mypy only
 #   make chaos        every state x every fault, then MINUTES=10 of streams while engines are killed, frozen and cut off
+#   make guard        compare the benchmarks' ratios with the accepted ones; minutes, on a quiet machine
 #   make gpu-check    check every kernel on this machine's GPU and time its steps against the hardware's floor
 #   make clean        remove .venv, caches and the tiny model
 #
@@ -39,10 +40,10 @@ TORCH ?= $(if $(and $(filter-out cpu,$(DEVICE)),$(shell command -v nvidia-smi)),
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help serve test chaos lint gpu-check clean venv
+.PHONY: help serve test chaos lint guard gpu-check clean venv
 
 help:
-	@sed -n '3,10s/^# \{0,1\}//p' Makefile
+	@sed -n '3,11s/^# \{0,1\}//p' Makefile
 
 serve: $(VENV)/.installed $(if $(filter models/tiny,$(MODEL)),models/tiny/config.json)
 	@exec $(BIN)/kvbaton serve --model '$(MODEL)' --prefill $(PREFILL) --decode $(DECODE) --hybrid $(HYBRID) \
@@ -59,6 +60,9 @@ lint: $(VENV)/.installed-test
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+guard: $(VENV)/.installed-test
+	@$(BIN)/python benchmarks/guard.py $(ARGS)
 
 gpu-check: $(VENV)/.installed
 	@$(BIN)/python benchmarks/gpu_check.py --out gpu_check_results $(ARGS)

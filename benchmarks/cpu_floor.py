@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import json
 import statistics
 import subprocess
 import sys
@@ -171,7 +172,8 @@ def floor_s(config: ModelConfig, dtype: str, tokens: int, rows: int, context: in
     return max(((inner + drawn) * BYTES[dtype] + kv_bytes) / top.read, operations / top.multiply)
 
 
-def report(name: str, step: dict[str, float], floor: float) -> None:
+def report(name: str, step: dict[str, float], floor: float) -> float:
+    """Prints the step; returns its time over the floor."""
     order = ("products", "logits", "attention", "rope and KV write", "norms", "embedding", "sampling", "call", "python")
     parts = "  ".join(f"{part} {step.get(part, 0.0) * 1e3:.2f}" for part in order)
     print(
@@ -179,6 +181,7 @@ def report(name: str, step: dict[str, float], floor: float) -> None:
         f"wall {step['wall'] * 1e3:.2f}\n{'':16} {parts}",
         flush=True,
     )
+    return step["total"] / floor
 
 
 def main() -> None:
@@ -188,6 +191,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios there")
     args = parser.parse_args()
     top = ceilings(args.dtype, args.threads)
     bench = Bench(args.model, args.dtype, args.threads)
@@ -197,15 +201,20 @@ def main() -> None:
         f"{args.model} {args.dtype} {args.threads} threads: {size / 1e6:.0f} MB of weights a step; "
         f"measured ceilings: read {top.read / 1e9:.1f} GB/s, multiply {top.multiply / 1e9:.0f} GFLOP/s"
     )
+    ratios = {}
     for batch in args.batches:
         bench.submit(batch, 128, args.new_tokens)
         steps = bench.steps()[1:]
         context = batch * (128 + args.new_tokens // 2)
-        report(f"decode {batch}", least(steps), floor_s(config, args.dtype, batch, batch, context, top))
+        floor = floor_s(config, args.dtype, batch, batch, context, top)
+        ratios[f"decode {batch}"] = report(f"decode {batch}", least(steps), floor)
     for sequences in (1, 8):
         bench.submit(sequences, 512, 1)
         floor = floor_s(config, args.dtype, 512 * sequences, sequences, 256 * sequences, top)
-        report(f"prefill {sequences} x 512", least(bench.steps()), floor)
+        name = f"prefill {sequences} x 512"
+        ratios[name] = report(name, least(bench.steps()), floor)
+    if args.json:
+        args.json.write_text(json.dumps({"command": " ".join(sys.argv), "time_over_floor": ratios}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -165,6 +165,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--kv-memory", type=int, default=256 << 20, metavar="BYTES")
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model or Path(scratch) / "tiny"
@@ -175,7 +176,10 @@ def main() -> None:
         config = EngineConfig(model=model, device=args.device, cache=cache, batch=limits)
         prefix = measure_prefix(CountingEngine(Engine.load(config)), limits)
         waste = measure_waste(CountingEngine(Engine.load(config)), limits, args.steps)
-    print(json.dumps({"waste": asdict(waste), "prefix": asdict(prefix)}, indent=2))
+    text = json.dumps({"waste": asdict(waste), "prefix": asdict(prefix)}, indent=2)
+    print(text)
+    if args.json:
+        args.json.write_text(text + "\n")
 
 
 if __name__ == "__main__":
