@@ -17,6 +17,7 @@ class Series:
     name: str
     help: str
     values: Callable[[EngineInfo, EngineLoad], tuple[tuple[str, float], ...]]
+    kind: str = "gauge"
 
 
 _SERIES = (
@@ -61,6 +62,24 @@ _SERIES = (
     ),
     Series("kvbaton_engine_step_seconds", "Duration of the last step.", lambda info, load: (("", load.step_s),)),
     Series("kvbaton_engine_generation", "Incarnation of an engine.", lambda info, load: (("", info.generation),)),
+    Series(
+        "kvbaton_engine_handoffs_completed_total",
+        "Prompts and sequences that another engine has taken over from this one.",
+        lambda info, load: (("", load.handoffs_acked),),
+        "counter",
+    ),
+    Series(
+        "kvbaton_engine_handoffs_failed_total",
+        "Hand-offs from or to this engine that failed; those that were given up are not among them.",
+        lambda info, load: (("", load.handoffs_failed),),
+        "counter",
+    ),
+    Series(
+        "kvbaton_engine_kv_checksum_failures_total",
+        "Hand-offs to this engine that failed because a block that landed was not what had been sent.",
+        lambda info, load: (("", load.checksum_failures),),
+        "counter",
+    ),
 )
 
 
@@ -79,11 +98,11 @@ def _engine_lines(membership: Membership, client: ClusterClient) -> Iterator[str
         yield f"kvbaton_engine_up{{{_labels(info)}}} {int(up)}"
     for series in _SERIES:
         yield f"# HELP {series.name} {series.help}"
-        yield f"# TYPE {series.name} gauge"
+        yield f"# TYPE {series.name} {series.kind}"
         for view in views:
             for extra, value in series.values(view.info, view.load or EngineLoad(free_blocks=view.info.num_blocks)):
                 labels = ",".join(part for part in (_labels(view.info), extra) if part)
-                yield f"{series.name}{{{labels}}} {value:g}"
+                yield f"{series.name}{{{labels}}} {value:.15g}"
 
 
 def _client_lines(counters: ClientCounters, in_flight: int) -> Iterator[str]:

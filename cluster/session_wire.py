@@ -25,9 +25,9 @@ from kvbaton.cluster.session_types import Move, Moved, MoveWanted, Notice, Submi
 from kvbaton.engine.request import MAX_SAMPLES, FinishReason, TokenLogprobs, TokenOutput
 from kvbaton.router.engine_info import EngineLoad
 
-# 1: first version. 2: moves, a request's time limit, blocks by owner.
+# 1: first version. 2: moves, a request's time limit, blocks by owner. 3: ends of hand-offs.
 # Any change to the order or number of positional fields raises it.
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 HELLO, CHALLENGE, PROOF, WELCOME, REFUSED, SUBMIT, ABORT, BEAT, STEP, MOVE, MOVED, MOVE_WANTED = range(12)
 

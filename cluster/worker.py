@@ -48,6 +48,7 @@ class Worker:
 
     def __init__(self, engine: StepEngine, agent: HandoffCommands, limits: BatchConfig) -> None:
         self._engine = engine
+        self._agent = agent
         self._limits = limits
         # A sequence that outgrew the whole pool could be preempted but never computed again.
         self._max_tokens = min(engine.max_model_len, engine.kv.num_blocks * engine.kv.block_size)
@@ -140,7 +141,7 @@ class Worker:
     def load(self, step_s: float) -> EngineLoad:
         waiting = self.landings.waiting()
         counts, queue = self._engine.kv.counts(), self.prefill.queue
-        return engine_load(counts, self.owners, queue, self.decode.running, waiting, step_s)
+        return engine_load(counts, self.owners, queue, self.decode.running, waiting, self._agent.counts(), step_s)
 
     def audit(self) -> BlockAudit:
         """Every block by its owner, counted anew from the sequences and hand-offs; costs a walk over the pool."""

@@ -7,12 +7,19 @@ from collections.abc import Sequence as Seq
 from kvbaton.engine.block_owners import BlockOwners, Owner
 from kvbaton.engine.kv_manager import BlockCounts
 from kvbaton.engine.sequence import Sequence
+from kvbaton.kvtransfer.messages import HandoffCounts
 from kvbaton.prefill_worker.queue import PrefillQueue
 from kvbaton.router.engine_info import EngineLoad
 
 
 def engine_load(
-    counts: BlockCounts, owners: BlockOwners, queue: PrefillQueue, running: Seq[Sequence], landings: int, step_s: float
+    counts: BlockCounts,
+    owners: BlockOwners,
+    queue: PrefillQueue,
+    running: Seq[Sequence],
+    landings: int,
+    handoffs: HandoffCounts,
+    step_s: float,
 ) -> EngineLoad:
     """`landings` are the hand-offs that wait for room."""
     return EngineLoad(
@@ -28,4 +35,7 @@ def engine_load(
         hold_blocks=owners.count(Owner.HOLD),
         landing_blocks=owners.count(Owner.LANDING),
         quarantine_blocks=owners.count(Owner.QUARANTINE),
+        handoffs_acked=handoffs.acked,
+        handoffs_failed=handoffs.failed,
+        checksum_failures=handoffs.checksum_failures,
     )

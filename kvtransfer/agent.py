@@ -18,7 +18,16 @@ from kvbaton.kvtransfer.counters import TransferCounters
 from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, Hello, check_compatible
 from kvbaton.kvtransfer.landing import LandingBlocks
 from kvbaton.kvtransfer.link import key_of
-from kvbaton.kvtransfer.messages import Event, Failed, HandoffKey, Landing, Offer, PeerAddress, Released
+from kvbaton.kvtransfer.messages import (
+    Event,
+    Failed,
+    HandoffCounts,
+    HandoffKey,
+    Landing,
+    Offer,
+    PeerAddress,
+    Released,
+)
 from kvbaton.kvtransfer.receiver import ReceiveHandoff
 from kvbaton.kvtransfer.roster import Roster
 from kvbaton.kvtransfer.sender import SendHandoff
@@ -101,6 +110,10 @@ class TransferAgent:
     def address(self) -> PeerAddress:
         """Where peers reach this agent."""
         return self._address
+
+    def counts(self) -> HandoffCounts:
+        """Thread-safe."""
+        return self._counters.handoffs
 
     def stats(self) -> TransferStats:
         """Thread-safe; a moment's inconsistency between counters is possible while the agent runs."""

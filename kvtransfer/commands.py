@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from kvbaton.kvtransfer.messages import HandoffKey, Landing, Offer, PeerAddress
+from kvbaton.kvtransfer.messages import HandoffCounts, HandoffKey, Landing, Offer, PeerAddress
 
 
 class HandoffCommands(Protocol):
@@ -27,4 +27,8 @@ class HandoffCommands(Protocol):
 
     def cancel(self, key: HandoffKey, reason: str) -> None:
         """End a hand-off in any state, on either side; `Released` follows. Unknown keys are ignored."""
+        ...
+
+    def counts(self) -> HandoffCounts:
+        """How hand-offs have ended so far; cheap enough for every step."""
         ...

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from kvbaton.kvtransfer.messages import Event, Failed, Released
+from kvbaton.kvtransfer.messages import Cause, Event, Failed, HandoffCounts, Released
 from kvbaton.kvtransfer.stats import TransferStats, peer_stats
 
 if TYPE_CHECKING:
@@ -18,12 +19,15 @@ class TransferCounters:
     def __init__(self, block_bytes: int) -> None:
         self._block_bytes = block_bytes
         self._retired = TransferStats()
-        self._failed = 0
-        self._acked = 0
+        self.handoffs = HandoffCounts()
 
     def on_event(self, event: Event) -> None:
-        self._failed += isinstance(event, Failed)
-        self._acked += isinstance(event, Released) and event.acked
+        counts = self.handoffs
+        if isinstance(event, Failed) and event.cause is not Cause.CANCELLED:
+            wrong = counts.checksum_failures + (event.cause is Cause.CHECKSUM)
+            self.handoffs = replace(counts, failed=counts.failed + 1, checksum_failures=wrong)
+        elif isinstance(event, Released) and event.acked:
+            self.handoffs = replace(counts, acked=counts.acked + 1)
 
     def retire(self, session: Session) -> None:
         """A session is over: its numbers stay."""
@@ -36,9 +40,9 @@ class TransferCounters:
             bytes_sent=total.bytes_sent,
             bytes_received=total.bytes_received,
             messages=total.messages,
-            handoffs_failed=self._failed,
-            handoffs_acked=self._acked,
-            checksum_failures=total.checksum_failures,
+            handoffs_failed=self.handoffs.failed,
+            handoffs_acked=self.handoffs.acked,
+            checksum_failures=self.handoffs.checksum_failures,
             sending=sending,
             receiving=receiving,
             quarantined_blocks=sum(s.quarantined_blocks() for s in sessions),
@@ -51,5 +55,4 @@ class TransferCounters:
             bytes_sent=over.bytes_sent + sum(s.meter.bytes_sent for s in sessions),
             bytes_received=over.bytes_received + sum(s.blocks_received for s in sessions) * self._block_bytes,
             messages=over.messages + sum(s.messages for s in sessions),
-            checksum_failures=over.checksum_failures + sum(s.checksum_failures for s in sessions),
         )

@@ -46,10 +46,6 @@ class HandoffLink(Protocol):
         """Counts completed receives."""
         ...
 
-    def checksum_failed(self) -> None:
-        """Counts hand-offs that fail for a landed block's checksum."""
-        ...
-
     def alive(self) -> bool:
         """Asks the connection itself, now: False once the peer has hung up."""
         ...

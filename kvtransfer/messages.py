@@ -14,6 +14,7 @@ A block that the agent may still read (P) or have written (D) is its own until `
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 
@@ -90,12 +91,30 @@ class Released:
     acked: bool
 
 
+class Cause(enum.Enum):
+    """What kind of end a hand-off came to before its time."""
+
+    FAILED = "failed"
+    CANCELLED = "cancelled"  # the peer's worker gave it up; nothing is wrong
+    CHECKSUM = "checksum"  # a block that landed here is not what was sent
+
+
 @dataclass(frozen=True, slots=True)
 class Failed:
     """The hand-off will not complete; `Released` follows as soon as no operation can touch the blocks."""
 
     key: HandoffKey
     reason: str
+    cause: Cause = Cause.FAILED
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffCounts:
+    """How hand-offs of one engine ended since its start, on either side. `checksum_failures` are among `failed`."""
+
+    acked: int = 0  # as sender
+    failed: int = 0  # cancelled ones left out
+    checksum_failures: int = 0  # as receiver
 
 
 Event = Offered | Granted | Landed | Released | Failed

@@ -16,7 +16,7 @@ from collections import deque
 
 from kvbaton.kvtransfer.checksum import LandingCheck
 from kvbaton.kvtransfer.link import HandoffLink, key_of
-from kvbaton.kvtransfer.messages import Failed, Landed, Landing, Offer, Released
+from kvbaton.kvtransfer.messages import Cause, Failed, Landed, Landing, Offer, Released
 from kvbaton.kvtransfer.states import IllegalTransition, ReceiverState, ReceiverStep, next_receiver_state
 from kvbaton.kvtransfer.transport import Operation
 from kvbaton.kvtransfer.wire import (
@@ -106,10 +106,10 @@ class ReceiveHandoff:
         self._payload = message.payload
         self.poll(now)
 
-    def on_peer_end(self, reason: str, now: float) -> None:
+    def on_peer_end(self, reason: str, now: float, cause: Cause = Cause.FAILED) -> None:
         """CANCEL or FAIL has arrived."""
         if self.live and self.state is not ReceiverState.LANDED:
-            self._link.emit(Failed(key_of(self.handle), reason))
+            self._link.emit(Failed(key_of(self.handle), reason, cause))
             self._end(now)
 
     # the session
@@ -144,11 +144,11 @@ class ReceiveHandoff:
         if self.state is ReceiverState.LANDING and missing > 0 and now - self._moved_at >= stall_s:
             self.fail(f"stalled: {missing} announced blocks, none came whole in {stall_s} s", now)
 
-    def fail(self, reason: str, now: float) -> None:
+    def fail(self, reason: str, now: float, cause: Cause = Cause.FAILED) -> None:
         """Failed here: the peer is told, the worker is told."""
         if self.live and self.state is not ReceiverState.LANDED:
             self._link.send(FailMessage(self.handle, reason))
-            self.on_peer_end(reason, now)
+            self.on_peer_end(reason, now, cause)
 
     def on_lost(self, reason: str, now: float) -> None:
         """The channel is closed: nothing writes the blocks any more."""
@@ -161,8 +161,7 @@ class ReceiveHandoff:
         if self._check is None or self.state is not ReceiverState.LANDING:
             return
         if wrong := self._check.mismatch(self._num_landed()):
-            self._link.checksum_failed()
-            self.fail(wrong, now)
+            self.fail(wrong, now, Cause.CHECKSUM)
 
     def _num_landed(self) -> int:
         return len(self.landing.block_ids) - len(self._receives)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from kvbaton.kvtransfer.checksum import OutgoingSums
 from kvbaton.kvtransfer.link import HandoffLink, key_of
-from kvbaton.kvtransfer.messages import Failed, Granted, Offer, Released
+from kvbaton.kvtransfer.messages import Cause, Failed, Granted, Offer, Released
 from kvbaton.kvtransfer.states import IllegalTransition, SenderState, SenderStep, next_sender_state
 from kvbaton.kvtransfer.wire import (
     BlocksMessage,
@@ -96,10 +96,10 @@ class SendHandoff:
         self.draining_since = now
         self._release_if_drained()
 
-    def on_peer_end(self, reason: str, now: float) -> None:
+    def on_peer_end(self, reason: str, now: float, cause: Cause = Cause.FAILED) -> None:
         """CANCEL or FAIL has arrived."""
         if self.live:
-            self._link.emit(Failed(key_of(self.handle), reason))
+            self._link.emit(Failed(key_of(self.handle), reason, cause))
             self._end(now)
 
     def renew(self, now: float) -> None:

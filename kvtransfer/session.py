@@ -19,7 +19,7 @@ from kvbaton.kvtransfer.crossed_offers import CrossedOffers
 from kvbaton.kvtransfer.frame_numbers import FrameNumbers
 from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, Step, refusal
 from kvbaton.kvtransfer.link import key_of
-from kvbaton.kvtransfer.messages import Event, Landing, Offer, Offered, PeerAddress
+from kvbaton.kvtransfer.messages import Cause, Event, Landing, Offer, Offered, PeerAddress
 from kvbaton.kvtransfer.meter import LinkMeter
 from kvbaton.kvtransfer.receiver import ReceiveHandoff
 from kvbaton.kvtransfer.send_window import SendWindow
@@ -61,7 +61,6 @@ class Session:
         self.receivers: dict[Handle, ReceiveHandoff] = {}
         self.messages = 0
         self.blocks_received = 0
-        self.checksum_failures = 0
         self._handshake = handshake
         self._owner = owner
         self._now = now
@@ -203,9 +202,6 @@ class Session:
     def received(self, count: int) -> None:
         self.blocks_received += count
 
-    def checksum_failed(self) -> None:
-        self.checksum_failures += 1
-
     def alive(self) -> bool:
         return self.channel.probe() is None
 
@@ -255,10 +251,11 @@ class Session:
             if isinstance(message, OfferMessage):
                 self._on_offer(message)
             elif isinstance(message, CancelMessage | FailMessage):
+                cause = Cause.CANCELLED if isinstance(message, CancelMessage) else Cause.FAILED
                 if sender is not None:
-                    sender.on_peer_end(message.reason, self._now)
+                    sender.on_peer_end(message.reason, self._now, cause)
                 if receiver is not None:
-                    receiver.on_peer_end(message.reason, self._now)
+                    receiver.on_peer_end(message.reason, self._now, cause)
             elif isinstance(message, GrantMessage | AckMessage):
                 self._to_sender(sender, message)
             else:

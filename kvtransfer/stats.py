@@ -24,7 +24,7 @@ class PeerStats:
 class TransferStats:
     """Counters since start, gauges at present. `sending` and `receiving` count open hand-offs, drains included.
 
-    `checksum_failures` are hand-offs that failed here because a landed block was not what had been sent.
+    The hand-offs' ends are those of `HandoffCounts`.
     """
 
     bytes_sent: int = 0

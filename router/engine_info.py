@@ -45,8 +45,8 @@ class EngineInfo:
 class EngineLoad:
     """An engine's own numbers at the end of a step. Token counts, block counts and seconds.
 
-    `held_blocks` is the sum of the last four: blocks of sequences, of hand-offs that a peer reads, of KV that lands,
-    and those in quarantine.
+    `held_blocks` is the sum of those of sequences, of hand-offs that a peer reads, of KV that lands, and of those in
+    quarantine.
     """
 
     waiting_requests: int = 0
@@ -61,3 +61,6 @@ class EngineLoad:
     hold_blocks: int = 0
     landing_blocks: int = 0
     quarantine_blocks: int = 0
+    handoffs_acked: int = 0  # since the engine's start, as are the two below
+    handoffs_failed: int = 0
+    checksum_failures: int = 0

@@ -141,7 +141,6 @@ async def test_request_ends_in_every_state(state: str, event: str) -> None:
     for node in (stage.p, stage.d):
         if node.alive:
             node.assert_clean()
-            assert node.worker.audit().problems == ()
     if event == "cancelled by name":
         assert isinstance(stream.task.exception(), Cancelled)
     stream.cancel()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
+
 import pytest
 
+from kvbaton.cluster.engine_metrics import render_engine_metrics
 from kvbaton.kvtransfer.faults import Fault
+from kvbaton.router.engine_info import Role
 from support.toy_cluster import Stream, ToyCluster
+from support.toy_service import ToyService
 
 PROMPT = tuple(range(100, 130))
 TOKENS = 12
@@ -36,6 +42,36 @@ def test_a_corrupted_block_is_recomputed_and_the_tokens_are_exact(checksum: str)
     assert cluster.nodes["d"].agent.stats().checksum_failures == 1
     cluster.settle()
     cluster.assert_clean()
+
+
+async def test_it_is_counted_in_metrics_of_the_engine_where_it_landed() -> None:
+    service = ToyService(checksum="xxh3")
+    for name, role in (("p", Role.PREFILL), ("d", Role.DECODE)):
+        service.start(name, role)
+    await service.submit("sound", PROMPT, TOKENS)
+    await service.settle()
+    service.nodes["d"].weather.strike("landing", Fault.CORRUPT)
+    hit = await service.submit("hit", tuple(reversed(PROMPT)), TOKENS)
+    await service.until(lambda: hit.over)
+    left = await service.submit("left", PROMPT[3:], TOKENS)
+    await service.until(lambda: service.nodes["d"].agent.stats().receiving)
+    left.cancel()
+    await service.settle()
+    service.assert_clean()
+    membership = SimpleNamespace(engines=service.router.engines)
+    text = render_engine_metrics(membership, service.client)  # type: ignore[arg-type]
+    counts = {
+        name: dict(
+            re.findall(
+                rf'^kvbaton_engine_(\w+ures|handoffs\w+)_total\{{engine="{name}".*\}} (\d+)$', text, re.MULTILINE
+            )
+        )
+        for name in ("p", "d")
+    }
+    assert counts == {
+        "p": {"handoffs_completed": "1", "handoffs_failed": "1", "kv_checksum_failures": "0"},
+        "d": {"handoffs_completed": "0", "handoffs_failed": "1", "kv_checksum_failures": "1"},
+    }
 
 
 def test_a_sound_transfer_is_taken_over_with_checksums_on() -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvbaton.kvtransfer.messages import Failed, Granted, Landed, Landing, Offered, PeerAddress, Released
+from kvbaton.kvtransfer.messages import Cause, Failed, Granted, Landed, Landing, Offered, PeerAddress, Released
 from kvbaton.kvtransfer.settings import TransferSettings, TransferSettingsError
 from support.transfer_rig import Engine, EngineOptions, Rig, key, kinds, offer
 
@@ -106,7 +106,7 @@ def test_cancel_in_every_state_of_either_side(state: str, side: str) -> None:
         rig.settle()
         assert own.take() == []
     else:
-        assert other.take() == [Failed(key(), "client left"), Released(key(), acked=False)]
+        assert other.take() == [Failed(key(), "client left", Cause.CANCELLED), Released(key(), acked=False)]
     rig.assert_nothing_held()
 
 
@@ -141,7 +141,7 @@ def test_cancel_while_the_grant_is_on_its_way_completes_its_receives() -> None:
     assert prefill.take() == [Released(key(), acked=False)]
     assert decode.take() == [
         Offered(offer(4), prefill.agent.address()),
-        Failed(key(), "crossed"),
+        Failed(key(), "crossed", Cause.CANCELLED),
         Released(key(), acked=False),
     ]
     assert (decode.memory.array == before).all()

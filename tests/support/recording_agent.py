@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvbaton.kvtransfer.messages import HandoffKey, Landing, Offer, PeerAddress
+from kvbaton.kvtransfer.messages import HandoffCounts, HandoffKey, Landing, Offer, PeerAddress
 
 
 class RecordingAgent:
@@ -30,6 +30,9 @@ class RecordingAgent:
 
     def cancel(self, key: HandoffKey, reason: str) -> None:
         self.calls.append(("cancel", reason))
+
+    def counts(self) -> HandoffCounts:
+        return HandoffCounts()
 
     def names(self) -> list[str]:
         return [name for name, _ in self.calls]

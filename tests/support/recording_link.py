@@ -31,7 +31,6 @@ class RecordingLink:
         self.connected = True
         self.num_received = 0
         self.sums: BlockSums | None = None
-        self.num_checksum_failures = 0
 
     def send(self, message: Message) -> None:
         self.sent.append(message)
@@ -52,9 +51,6 @@ class RecordingLink:
 
     def received(self, count: int) -> None:
         self.num_received += count
-
-    def checksum_failed(self) -> None:
-        self.num_checksum_failures += 1
 
     def alive(self) -> bool:
         return self.connected
