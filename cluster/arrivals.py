@@ -78,9 +78,11 @@ class Arrivals:
         return self.track_of(key) if self._landings.failed(key) else None
 
     def cancel(self, track: Track, reason: str) -> None:
-        """The request ends: whatever of it is on its way is not wanted any more."""
-        self._landings.cancel(track.key, reason)
-        self._landings.cancel(copy_key(track.key), reason)
+        """The request ends: whatever of it is on its way, or will be, is not wanted any more."""
+        if track.leg in (Leg.DECODE, Leg.MOVE):
+            self._landings.cancel(track.key, reason)
+        if track.leg is Leg.MOVE:
+            self._landings.cancel(copy_key(track.key), reason)
 
     def track_of(self, key: HandoffKey) -> Track | None:
         """The request that a hand-off belongs to; a move's copy has a name of its own."""

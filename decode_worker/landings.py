@@ -8,6 +8,8 @@ prefill queue cost decode nothing.
     WAITING   both, no room yet         GRANTED  blocks are held, KV is arriving
     CLOSING   over, waiting until nothing can write the blocks any more
 
+An offer for a request that has ended here is refused at once, for the reason that it ended for.
+
 A sequence that moves here while it decodes comes in two hand-offs: first a copy of the whole blocks that it had when
 the move began, then the rest with its tokens. The second is expected together with the blocks of the first. Neither
 waits for room: its source would rather go on.
@@ -28,6 +30,7 @@ from kvbaton.kvtransfer.messages import HandoffKey, Landing, Offered
 
 EARLY_GRACE_S = 10.0
 MOVE_GRACE_S = 30.0
+MAX_ENDED = 4096
 
 
 class LandingState(enum.Enum):
@@ -73,6 +76,7 @@ class Landings:
         self._agent = agent
         self._owners = owners
         self._open: dict[HandoffKey, _Incoming] = {}
+        self._ended: dict[HandoffKey, str] = {}  # requests that ended before their offer came, the oldest first
 
     def __len__(self) -> int:
         return len(self._open)
@@ -111,7 +115,9 @@ class Landings:
         """A prefill engine has begun the prompt."""
         key = event.offer.key
         item = self._open.get(key)
-        if item is None:
+        if item is None and (reason := self._ended.pop(key, None)) is not None:
+            self._agent.cancel(key, reason)
+        elif item is None:
             self._open[key] = _Incoming(key, LandingState.EARLY, now, offered=event)
         elif item.state is LandingState.EXPECTED:
             item.offered = event
@@ -159,13 +165,16 @@ class Landings:
         return seq
 
     def cancel(self, key: HandoffKey, reason: str) -> None:
-        """End a hand-off in any state; blocks come back at once, or with `Released` where KV may be in flight."""
+        """End a hand-off in any state, also one to come; blocks come back at once, or with `Released` where KV may be
+        in flight."""
         item = self._open.get(key)
-        if item is None or item.state is LandingState.CLOSING:
+        if item is None or item.state is LandingState.EXPECTED:  # the agent has not heard of it
+            self._remember(key, reason)
+            if item is not None:
+                del self._open[key]
+                self._release(item)
             return
-        if item.state is LandingState.EXPECTED:
-            del self._open[key]  # the agent has not heard of it
-            self._release(item)
+        if item.state is LandingState.CLOSING:
             return
         item.to(LandingState.CLOSING)
         self._own(item, Owner.QUARANTINE)
@@ -190,6 +199,7 @@ class Landings:
     def _expect(self, seq: Sequence, now: float, patient: bool) -> _Incoming:
         key = HandoffKey(seq.request.request_id, seq.request.epoch)
         item = self._open.get(key)
+        self._ended.pop(key, None)
         if item is None:
             item = self._open[key] = _Incoming(key, LandingState.EXPECTED, now, seq, patient=patient)
         elif item.state is LandingState.EARLY:
@@ -231,6 +241,11 @@ class Landings:
         item.to(LandingState.GRANTED)
         self._agent.grant(item.key, Landing(first, tuple(fresh)))
         return True
+
+    def _remember(self, key: HandoffKey, reason: str) -> None:
+        self._ended[key] = reason
+        if len(self._ended) > MAX_ENDED:
+            del self._ended[next(iter(self._ended))]
 
     def _release(self, item: _Incoming) -> None:
         self._own(item, None)

@@ -2,7 +2,8 @@
 
 Faults strike where a message leaves. A delayed control frame holds those behind it, since frames keep their order;
 blocks are delayed one by one. A truncated block arrives as an empty message, which completes the receive as UCX does.
-A corrupted block has one bit flipped where it lands: that fault alone strikes at the receiving end.
+A corrupted block has one bit flipped where it lands. A failed operation is one that the transport reports as such: a
+send that never left, a receive whose message did not fit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Fault(enum.Enum):
     DUPLICATE = "duplicate"
     TRUNCATE = "truncate"
     CORRUPT = "corrupt"
+    FAIL = "fail"
     DIE = "die"
 
 
@@ -34,7 +36,7 @@ class FaultPlan(Protocol):
     def on_block(self, tag: int) -> Fault: ...
 
     def on_landing(self, tag: int) -> Fault:
-        """PASS or CORRUPT."""
+        """PASS, CORRUPT or FAIL."""
         ...
 
 
@@ -47,6 +49,17 @@ class DeferredOperation:
     @property
     def completed(self) -> bool:
         return self.inner is not None and self.inner.completed
+
+
+class FailedOperation:
+    """One that ends, with its `inner` one if there is one, and in failure."""
+
+    def __init__(self, inner: Operation | None = None) -> None:
+        self._inner = inner
+
+    @property
+    def completed(self) -> bool:
+        return self._inner is None or self._inner.completed
 
 
 class CorruptedReceive:
@@ -100,7 +113,10 @@ class FaultyChannel:
 
     def post_receive(self, tag: int, block_id: int) -> Operation:
         receive = self.inner.post_receive(tag, block_id)
-        if self._memory is None or self._plan.on_landing(tag) is not Fault.CORRUPT:
+        fault = Fault.PASS if self._memory is None else self._plan.on_landing(tag)
+        if fault is Fault.FAIL:
+            return FailedOperation(receive)
+        if self._memory is None or fault is not Fault.CORRUPT:
             return receive
         return CorruptedReceive(receive, memoryview(self._memory.block(block_id)).cast("B"))
 
@@ -108,6 +124,8 @@ class FaultyChannel:
         fault = self._plan.on_block(tag)
         if fault is Fault.DIE:
             self.die()
+        if fault is Fault.FAIL:
+            return FailedOperation()
         if fault in (Fault.DROP, Fault.DELAY, Fault.DIE):
             held = DeferredOperation()
             if fault is Fault.DELAY:
@@ -123,6 +141,8 @@ class FaultyChannel:
         return self.inner.post_abort(tag)
 
     def failure(self, operation: Operation) -> str | None:
+        if isinstance(operation, FailedOperation):
+            return "failed by the fault plan"
         if isinstance(operation, CorruptedReceive):
             return self.inner.failure(operation.inner)
         if isinstance(operation, DeferredOperation):

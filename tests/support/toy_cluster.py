@@ -17,7 +17,7 @@ from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenO
 from kvbaton.kvtransfer.agent import TransferAgent
 from kvbaton.kvtransfer.faults import FaultyTransport
 from kvbaton.kvtransfer.loopback import LoopbackNetwork, LoopbackTransport
-from kvbaton.kvtransfer.messages import PeerAddress
+from kvbaton.kvtransfer.messages import Event, PeerAddress
 from kvbaton.kvtransfer.settings import TransferSettings
 from support.net_weather import Weather, assert_only_owners_are_touched
 from support.toy_engine import ToyEngine, expected_tokens
@@ -25,6 +25,7 @@ from support.toy_engine import ToyEngine, expected_tokens
 SESSION = 1
 SECRET = b"toy secret"
 BLOCK_SIZE = 4
+DEFAULTS = TransferSettings()
 
 
 class Clock:
@@ -45,29 +46,35 @@ class Node:
         network: LoopbackNetwork,
         clock: Clock,
         num_blocks: int,
-        checksum: str = "off",
+        settings: TransferSettings = DEFAULTS,
+        secret: bytes = SECRET,
     ) -> None:
         self.name = name
         self.engine = ToyEngine(num_blocks, BLOCK_SIZE)
         self.weather = Weather()
         self.transport = FaultyTransport(LoopbackTransport(network, self.engine), self.weather, self.engine)
         self.inbox: deque[Item] = deque()
+        self.heard: list[Event] = []  # everything that its transfer agent has said
         self.mail: deque[Item] = deque()  # what the ingress sent and the session still holds back
         identity = PeerAddress(name, generation, "loopback", 0)
         self.agent = TransferAgent(
             memory=self.engine,
             identity=identity,
             transport=self.transport,
-            secret=SECRET,
+            secret=secret,
             compatibility=(("model", "toy"),),
-            settings=TransferSettings(checksum=checksum),
-            on_event=self.inbox.append,
+            settings=settings,
+            on_event=self._hear,
             clock=clock,
         )
         self.transport.open()
         self.worker = Worker(self.engine, self.agent, BatchConfig(max_tokens_per_step=24, prefill_chunk_tokens=8))
         self.clock = clock
         self.alive = True
+
+    def _hear(self, event: Event) -> None:
+        self.heard.append(event)
+        self.inbox.append(event)
 
     @property
     def address(self) -> PeerAddress:
@@ -139,6 +146,7 @@ class Stream:
     done: dict[int, FinishReason] = field(default_factory=dict)
     aborted: bool = False
     legs: tuple[str, ...] = ()
+    errors: list[tuple[str, str]] = field(default_factory=list)  # (engine, what it said), whether or not it mattered
 
     @property
     def over(self) -> bool:
@@ -166,12 +174,13 @@ class ToyCluster:
         self.streams: dict[str, Stream] = {}
         self.generations: dict[str, int] = {}
 
-    def start(self, name: str) -> Node:
-        """Start an engine, or a new generation of one that died."""
+    def start(self, name: str, secret: bytes = SECRET, **settings: object) -> Node:
+        """Start an engine, or a new generation of one that died. `settings` are those of its transfer agent."""
         self.generations[name] = self.generations.get(name, 0) + 1
-        generation = self.generations[name]
-        self.nodes[name] = Node(name, generation, self.network, self.clock, self.num_blocks, self.checksum)
-        return self.nodes[name]
+        transfer = TransferSettings(**({"checksum": self.checksum} | settings))  # type: ignore[arg-type]
+        node = Node(name, self.generations[name], self.network, self.clock, self.num_blocks, transfer, secret)
+        self.nodes[name] = node
+        return node
 
     def submit(self, name: str, prompt: tuple[int, ...], max_tokens: int, legs: tuple[str, ...], n: int = 1) -> Stream:
         """`legs` is (engine,) for a local request or (prefill, decode)."""
@@ -268,6 +277,8 @@ class ToyCluster:
 
     def _take(self, name: str, output: TokenOutput) -> None:
         stream = self.streams[output.request_id]
+        if output.finish is FinishReason.ERROR:
+            stream.errors.append((name, output.error or ""))
         if stream.over or output.epoch != stream.request.epoch or output.sample in stream.done:
             return
         if output.finish is FinishReason.ERROR:

@@ -17,6 +17,7 @@ from kvbaton.cluster.session_types import Move, Notice, Submit
 from kvbaton.cluster.worker_types import Abort, MoveOrder, Submitted
 from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenOutput
 from kvbaton.kvtransfer.loopback import LoopbackNetwork
+from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
 from kvbaton.router.placement import RouterConfig
 from kvbaton.router.router import Router
@@ -131,7 +132,8 @@ class ToyService:
         """Start an engine, or a new generation of one that died."""
         self._generations[name] = self._generations.get(name, 0) + 1
         blocks = num_blocks or self.num_blocks
-        node = Node(name, self._generations[name], self.network, self.clock, blocks, self.checksum)
+        settings = TransferSettings(checksum=self.checksum)
+        node = Node(name, self._generations[name], self.network, self.clock, blocks, settings)
         self.nodes[name] = node
         address = node.address
         info = EngineInfo(
