@@ -39,11 +39,10 @@ class EmbeddedValkey:
     """One server process. `start` it on a long-lived thread, such as the main one: it stops when that thread ends."""
 
     def __init__(self, parent: Path | None = None) -> None:
-        """Its folder is made in `parent`, by default where temporary files go."""
+        """Its folder, which it has only while it starts, is made in `parent`, by default where temporary files go."""
         self._parent = parent
         self._password = secrets.token_urlsafe(24)
         self._process: subprocess.Popen[str] | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._log: deque[str] = deque(maxlen=50)
         self._ready = threading.Event()
         self.port = 0
@@ -59,26 +58,31 @@ class EmbeddedValkey:
     def start(self, port: int = 0) -> str:
         """Start, on a free port unless one is given, and wait until it accepts connections (about 0.1 s); returns the
         URL. Raises `StoreUnavailable`."""
-        self._folder = tempfile.TemporaryDirectory(prefix="kvbaton-valkey-", dir=self._parent)
-        for _ in range(_PORT_TRIES if port == 0 else 1):
-            self.port = port or _free_port()
-            self._spawn(self._folder.name)
-            self._ready.wait(_START_TIMEOUT_S)
-            if any(_READY_LINE in line for line in self._log):
-                return self.url
-            self._end_process()
-            if not any("Address already in use" in line for line in self._log):
-                break
+        # Once it runs its folder can go: it writes nothing, and so nothing is left of it when this process is killed.
+        with tempfile.TemporaryDirectory(prefix="kvbaton-valkey-", dir=self._parent) as folder:
+            for _ in range(_PORT_TRIES if port == 0 else 1):
+                self.port = port or _free_port()
+                self._spawn(folder)
+                self._ready.wait(_START_TIMEOUT_S)
+                if any(_READY_LINE in line for line in self._log):
+                    return self.url
+                self.stop()
+                if not any("Address already in use" in line for line in self._log):
+                    break
         log = "\n".join(self._log) or "it wrote nothing"
-        self.stop()
         raise StoreUnavailable(f"the embedded Valkey did not start; its last words:\n{log}")
 
     def stop(self) -> None:
-        """End the server and remove its folder; harmless when it is gone already."""
-        self._end_process()
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        """End the server; harmless when it is gone already."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
 
     def _spawn(self, folder: str) -> None:
         self._log.clear()
@@ -122,17 +126,6 @@ class EmbeddedValkey:
             if _READY_LINE in line:
                 self._ready.set()
         self._ready.set()  # the end of the log is an answer, too
-
-    def _end_process(self) -> None:
-        if self._process is None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
 
 
 def _free_port() -> int:

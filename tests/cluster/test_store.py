@@ -216,17 +216,18 @@ def test_embedded_server_is_private_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.redis
-def test_embedded_server_dies_with_its_killed_parent() -> None:
-    """A launcher killed by SIGKILL cannot stop anything itself."""
+def test_embedded_server_dies_with_its_killed_parent(tmp_path: Path) -> None:
+    """A launcher killed by SIGKILL cannot stop anything itself, nor remove a folder."""
     import signal
     import subprocess
     import sys
 
     program = (
-        "from kvbaton.cluster.valkey import EmbeddedValkey\n"
-        "server = EmbeddedValkey(); server.start(); print(server.pid, flush=True); input()"
+        "import pathlib, sys; from kvbaton.cluster.valkey import EmbeddedValkey\n"
+        "server = EmbeddedValkey(pathlib.Path(sys.argv[1])); server.start(); print(server.pid, flush=True); input()"
     )
-    parent = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
     assert Path(f"/proc/{pid}").exists()
@@ -236,6 +237,7 @@ def test_embedded_server_dies_with_its_killed_parent() -> None:
     while _alive(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not _alive(pid)
+    assert list(tmp_path.iterdir()) == []
     parent.stdout.close()
     if parent.stdin is not None:
         parent.stdin.close()
