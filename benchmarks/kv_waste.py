@@ -1,7 +1,7 @@
 """How much of the held KV memory is unused, and how much prefill a repeated prefix saves: the real engine and worker.
 
     python benchmarks/kv_waste.py                       # a tiny model made on the spot, CPU, blocks of 16
-    python benchmarks/kv_waste.py --model FOLDER --block-size 64 --device cuda
+    python benchmarks/kv_waste.py --model FOLDER --block-size 32 --device cuda
 
 Waste: 64 sequences of mixed lengths are kept running (one that ends is replaced). After every step each held block is
 looked at once, however many share it: waste = 1 - filled slots / held slots. Prefix: one prompt of 1,000 shared tokens

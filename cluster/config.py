@@ -10,12 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from kvbaton.engine.config import KV_DTYPES, BatchConfig, CacheConfig, ConfigError, EngineConfig
+from kvbaton.engine.config import (
+    CPU_BLOCK_SIZE,
+    GPU_BLOCK_SIZE,
+    KV_DTYPES,
+    BatchConfig,
+    CacheConfig,
+    ConfigError,
+    EngineConfig,
+)
 from kvbaton.kvtransfer.settings import CHECKSUM_OFF, CHECKSUMS
 
 GIB = 1 << 30
-GPU_BLOCK_SIZE = 64
-CPU_BLOCK_SIZE = 16
 GPU_STEP_TIMEOUT_S = 60.0  # the first steps may compile kernels
 CPU_STEP_TIMEOUT_S = 300.0
 
@@ -78,7 +84,7 @@ class PoolSettings:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """One engine's device and limits. `block_size` None: 64 tokens on a GPU, 16 on CPU. `threads` None: the
+    """One engine's device and limits. `block_size` None: 32 tokens on a GPU, 16 on CPU. `threads` None: the
     machine's cores divided among its engines. `gpus` below 1 lets engines share a GPU, its memory divided alike. An
     engine with a step that takes `step_timeout_s` (None: 60 on a GPU, 300 on CPU) hangs, and is replaced."""
 

@@ -12,7 +12,7 @@ from kvbaton.cluster.config_file import Override, load_config
 from kvbaton.cluster.screen import Screen
 from kvbaton.engine.config import ConfigError
 
-EXIT_USAGE = 2
+EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ FLAGS = (
     Flag("--device", "engine.device", "auto, cpu, cuda (auto: cuda where there is a GPU)"),
     Flag("--gpus-per-engine", "engine.gpus", "below 1, engines share a GPU (1)", float),
     Flag("--kv-memory", "engine.kv_memory", "KV pool of an engine, such as 2GiB (measured)"),
-    Flag("--block-size", "engine.block_size", "tokens a KV block (64 on a GPU, 16 on CPU)", int),
+    Flag("--block-size", "engine.block_size", "tokens a KV block (32 on a GPU, 16 on CPU)", int),
     Flag("--threads", "engine.threads", "CPU threads of an engine (the cores divided among the engines)", int),
     Flag("--host", "http.host", "address of the endpoint (127.0.0.1)"),
     Flag("--port", "http.port", "port of the endpoint (8000)", int),
@@ -80,4 +80,8 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=config.ray.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     from kvbaton.cluster.launch import serve
 
-    return serve(config, screen)
+    try:
+        return serve(config, screen)
+    except ConfigError as error:
+        screen.error(str(error))
+        return EXIT_FAILED

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KV_DTYPES = ("auto", "fp8_e4m3")
+GPU_BLOCK_SIZE = 32  # tokens a KV block where nothing is said; larger ones leave more slots held and unused
+CPU_BLOCK_SIZE = 16
 
 
 class ConfigError(ValueError):
@@ -17,7 +19,7 @@ class CacheConfig:
     """`kv_memory_bytes` None = measured: free GPU memory times `gpu_memory_fraction` after the weights, 1 GiB on CPU.
     `kv_dtype` auto is the model's own dtype; fp8_e4m3 halves a 16-bit model's KV memory and the reads of attention."""
 
-    block_size: int = 16
+    block_size: int = CPU_BLOCK_SIZE
     kv_memory_bytes: int | None = None
     gpu_memory_fraction: float = 0.9
     prefix_cache: bool = True

@@ -92,7 +92,7 @@ class ModelShape:
     head_dim: int
     hidden: int
     dtype: torch.dtype
-    block_size: int = 64
+    block_size: int = 32
     window: bool = False
     kv_dtype: torch.dtype | None = None
 
@@ -101,7 +101,7 @@ MODELS = (
     ModelShape("llama-8b", 32, 8, 128, 4096, torch.bfloat16),
     ModelShape("mistral-window", 32, 8, 128, 4096, torch.bfloat16, window=True),
     ModelShape("qwen2-0.5b", 14, 2, 64, 896, torch.float16, block_size=16),
-    ModelShape("mha-d80", 16, 16, 80, 1280, torch.bfloat16, block_size=32),
+    ModelShape("mha-d80", 16, 16, 80, 1280, torch.bfloat16, block_size=64),
     ModelShape("head-256", 16, 8, 256, 3584, torch.bfloat16),
     ModelShape("llama-8b-fp8-kv", 32, 8, 128, 4096, torch.bfloat16, kv_dtype=FP8),
     ModelShape("fp32-d128", 32, 8, 128, 4096, torch.float32),

@@ -198,7 +198,7 @@ def _special_shapes(decode: Shape, mixed: Shape, tiny: bool) -> Iterator[Check]:
     yield Check("decode, more tokens than splits", partial(attention, long))
     yield Check("prefill 1024", partial(attention, Shape((1024,), (1024,), heads=4, kv_heads=1)))
     yield Check("seven heads a group", partial(attention, replace(_MIXED, heads=14, head_dim=64, block_size=16)))
-    yield Check("head_dim 80", partial(attention, replace(_MIXED, heads=4, kv_heads=4, head_dim=80, block_size=32)))
+    yield Check("head_dim 80", partial(attention, replace(_MIXED, heads=4, kv_heads=4, head_dim=80, block_size=64)))
     yield Check("head_dim 256", partial(attention, replace(_MIXED, heads=4, head_dim=256)))
     yield Check("8-bit pool, write", partial(rope, replace(_MIXED, kv_dtype=FP8), 64))
     yield Check("8-bit pool, decode", partial(attention, replace(_DECODE, kv_dtype=FP8)))

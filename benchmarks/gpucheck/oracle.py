@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvbaton.engine.config import GPU_BLOCK_SIZE
 from kvbaton.kernels.kv_dtype import storage, to_kv
 from kvbaton.kernels.meta import AttentionMeta, build_attention_meta
 
@@ -25,7 +26,7 @@ class Shape:
     heads: int = 8
     kv_heads: int = 2
     head_dim: int = 128
-    block_size: int = 64
+    block_size: int = GPU_BLOCK_SIZE
     window: int | None = None
     dtype: torch.dtype = torch.bfloat16
     kv_dtype: torch.dtype | None = None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from kvbaton.engine.batch import ScheduledRow
+from kvbaton.engine.config import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE
 from kvbaton.engine.cuda_graphs import CudaCapture, DecodeGraphs, GraphSizes, Replay, run_again
 from kvbaton.engine.device_sampler import DeviceSampler
 from kvbaton.engine.kv_cache import KVCache, KVGeometry
@@ -44,7 +45,7 @@ class Rig:
         self.decoder = random_model(config, 1, device, max_positions=MAX_POSITIONS).decoder
         self.kernels = kernels_for(device) if cuda else reference
         self.decoder = self.decoder.with_kernels(self.kernels)
-        self.block_size = 64 if cuda else 16
+        self.block_size = GPU_BLOCK_SIZE if cuda else CPU_BLOCK_SIZE
         dtype = kv_dtype or self.decoder.dtype
         geometry = KVGeometry(config.num_layers, config.num_kv_heads, config.head_dim, self.block_size, dtype)
         self.kv_itemsize = dtype.itemsize

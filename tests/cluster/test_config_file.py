@@ -93,6 +93,7 @@ def test_nothing_said_means_the_defaults(tmp_path: Path, text: str) -> None:
         ("engine: {kv_memory: 2 gigs}", "engine.kv_memory: expected a size such as 512MiB or 2GiB, got '2 gigs'"),
         ("engine: {kv_memory: 1KiB}", "engine.kv_memory: must be at least 65536 bytes, got 1024"),
         ("security: {api_keys: abc}", "security.api_keys: expected a list of texts, got 'abc'"),
+        ("security: {api_keys: [a, ' ']}", "security.api_keys: a key is empty"),
         ("security: {api_keys: [a, 1]}", "security.api_keys.1: expected text, got 1"),
         ("pools: {prefill: 1, prefill: 2}", "key 'prefill' appears twice"),
         ("pools: {prefill: 0}", "pools: no engine can prefill; set --prefill 1, or --hybrid 1"),
@@ -144,7 +145,7 @@ def test_secrets_do_not_print(tmp_path: Path) -> None:
 def test_engine_config_resolves_defaults_by_device() -> None:
     config = ClusterConfig()
     cpu, gpu = config.engine_config("cpu", threads=1), config.engine_config("cuda", threads=None)
-    assert (cpu.cache.block_size, gpu.cache.block_size) == (16, 64)
+    assert (cpu.cache.block_size, gpu.cache.block_size) == (16, 32)
     assert (cpu.threads, gpu.threads) == (1, None)
     assert cpu.model.is_absolute()
 

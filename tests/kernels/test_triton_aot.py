@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed on this platform")
 
+from kvbaton.engine.config import GPU_BLOCK_SIZE
 from kvbaton.kernels import aot
 
 
@@ -36,6 +37,12 @@ def test_every_kernel_is_among_them() -> None:
     modules = [import_module(f"kvbaton.kernels.{file.stem}") for file in folder.glob("triton_*.py")]
     launched = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert launched == {spec.kernel.__name__ for spec in aot.all_specs(aot.MODELS)}
+
+
+def test_the_shapes_have_the_blocks_that_engines_have() -> None:
+    """Attention compiles anew for each block size: a new default must be compiled here before a GPU sees it."""
+    assert aot.MODELS[0].block_size == GPU_BLOCK_SIZE
+    assert len({model.block_size for model in aot.MODELS}) >= 3
 
 
 def test_a_kernel_that_spills_is_reported_as_such() -> None:

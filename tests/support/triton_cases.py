@@ -216,7 +216,7 @@ _LAYERS = {
     "decode-only": Shape((1, 1), (3, 18)),
     "prefill-only": Shape((20, 70), (20, 70)),
     "mixed-bfloat16": replace(_BASE, dtype=torch.bfloat16),
-    "bfloat16-head-128": Shape((1, 1, 200), (900, 40, 300), heads=8, head_dim=128, dtype=torch.bfloat16, block_size=64),
+    "bfloat16-head-128": Shape((1, 1, 200), (900, 40, 300), heads=8, head_dim=128, dtype=torch.bfloat16, block_size=32),
     "bfloat16-window": Shape((1, 200), (900, 300), heads=8, head_dim=64, dtype=torch.bfloat16, window=130),
 }
 _NO_INTERPRETER = {name for name, shape in _LAYERS.items() if shape.dtype == torch.bfloat16}
