@@ -37,7 +37,7 @@ class NativeDecoder:
         self._logits = Workspace()
         self._weights: NativeWeights = pack_decoder(decoder, library)
         self._model = ctypes.addressof(self._weights.model)
-        self.seconds: torch.Tensor | None = None  # [len(PHASES)] float64: gathers CPU time of forward passes if set
+        self.seconds: torch.Tensor | None = None  # [len(PHASES)] float64: gathers the phases' wall time if set
 
     @property
     def capturable(self) -> bool:

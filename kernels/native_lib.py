@@ -102,7 +102,7 @@ def native_library() -> ctypes.CDLL | None:
 def batch_struct(meta: AttentionMeta, kv_cache: torch.Tensor, seconds: torch.Tensor | None = None) -> BatchStruct:
     """Points into `meta` and kv_cache [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
 
-    seconds [len(PHASES)] float64 gathers CPU time by phase."""
+    seconds [len(PHASES)] float64 gathers wall time by phase."""
     return BatchStruct(
         meta.num_tokens,
         meta.num_seqs,

@@ -1,4 +1,4 @@
-/* One forward pass of a dense decoder, all layers in one call. A phase ends with everybody waiting for everybody.
+/* One forward pass of a dense decoder, all layers in one call. A phase ends when all of its items are done.
  *
  *   norm -> qkv -> head norms, rope, KV write -> attention -> out + residual -> norm -> gate_up, SwiGLU -> down + residual
  */
@@ -11,7 +11,7 @@
 static void count_phase(member *me, const kvb_batch *b, int phase) {
     if (!b->seconds || me->id) return;
     struct timespec t;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+    clock_gettime(CLOCK_MONOTONIC, &t);
     double now = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
     if (phase < KVB_PHASES) b->seconds[phase] += now - me->clock;
     me->clock = now;

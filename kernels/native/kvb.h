@@ -50,7 +50,7 @@ typedef struct {
     const int32_t *cu_seqlens;   /* [num_seqs + 1] */
     const int32_t *context_lens; /* [num_seqs] */
     void *pool;                  /* [blocks, pool_layers, 2, num_kv_heads, block_size, head_dim] */
-    double *seconds;             /* [KVB_PHASES]: CPU time of the caller's thread is added here; or NULL */
+    double *seconds;             /* [KVB_PHASES]: wall time of each phase is added here; or NULL */
 } kvb_batch;
 
 /* Heads and pool of one attention call outside a model. */

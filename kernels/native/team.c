@@ -1,26 +1,30 @@
-/* The threads behind team.h: POSIX threads, C11 atomics, one mutex for those that fell asleep. */
+/* The threads behind team.h: POSIX threads, C11 atomics, one mutex for those that fell asleep.
+ *
+ * A run has a door. Members enter while it is open; the caller shuts it when all items are done and nobody is inside, so
+ * it never waits for a member that has not even woken up.
+ */
 #include "team.h"
 
 #include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
 
-#define SPINS 4000    /* about 100 microseconds */
+#define SPINS 4000     /* about 100 microseconds */
 #define YIELD_EVERY 64 /* past SPINS, inside a step: the member waited for may need this very core */
+#define SHUT (-1)
 
 struct team {
     int size, started;
     atomic_int epoch;    /* counts runs; a change wakes the members */
-    atomic_int arrived;  /* members at the barrier */
-    atomic_int barriers; /* counts barriers passed */
-    atomic_int busy;     /* members still in the run */
-    int stop;
+    atomic_int door;     /* SHUT, or how many members besides the caller are inside */
+    atomic_int sleepers;
+    atomic_int stop;
     team_work work;
     const void *arg;
     pthread_mutex_t lock;
     pthread_cond_t wake;
-    atomic_int counters[MAX_PHASES];
-    int used; /* counters that the last run may have touched */
+    int used; /* phases that the last run may have touched */
+    phase phases[MAX_PHASES];
     pthread_t threads[];
 };
 
@@ -29,29 +33,41 @@ typedef struct {
     int id;
 } seat;
 
-static inline void pause_briefly(void) {
+/* One turn of a waiting loop. */
+static void linger(int turn) {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
     __asm__ volatile("yield");
 #endif
-}
-
-static void spin_until_changed(const atomic_int *value, int seen) {
-    for (int i = 0; atomic_load_explicit(value, memory_order_acquire) == seen; i++) {
-        pause_briefly();
-        if (i > SPINS && i % YIELD_EVERY == 0) sched_yield();
-    }
+    if (turn > SPINS && turn % YIELD_EVERY == 0) sched_yield();
 }
 
 static void sleep_until_changed(team *t, int seen) {
     for (int i = 0; i < SPINS; i++) {
-        if (atomic_load_explicit(&t->epoch, memory_order_acquire) != seen) return;
-        pause_briefly();
+        if (atomic_load(&t->epoch) != seen) return;
+        linger(i);
     }
     pthread_mutex_lock(&t->lock);
-    while (atomic_load_explicit(&t->epoch, memory_order_acquire) == seen) pthread_cond_wait(&t->wake, &t->lock);
+    atomic_fetch_add(&t->sleepers, 1); /* before the look at epoch: who changes it looks at sleepers after */
+    while (atomic_load(&t->epoch) == seen) pthread_cond_wait(&t->wake, &t->lock);
+    atomic_fetch_sub(&t->sleepers, 1);
     pthread_mutex_unlock(&t->lock);
+}
+
+static void wake_all(team *t) {
+    atomic_fetch_add(&t->epoch, 1);
+    if (!atomic_load(&t->sleepers)) return;
+    pthread_mutex_lock(&t->lock);
+    pthread_cond_broadcast(&t->wake);
+    pthread_mutex_unlock(&t->lock);
+}
+
+static int enter(team *t) {
+    int inside = atomic_load(&t->door);
+    while (inside != SHUT)
+        if (atomic_compare_exchange_weak(&t->door, &inside, inside + 1)) return 1;
+    return 0;
 }
 
 static void *live(void *arg) {
@@ -60,11 +76,14 @@ static void *live(void *arg) {
     int id = mine->id, epoch = 0;
     free(mine);
     for (;;) {
-        sleep_until_changed(t, epoch++);
-        if (t->stop) return NULL;
-        member me = {t, id, t->size, 0, 0};
+        sleep_until_changed(t, epoch);
+        epoch = atomic_load(&t->epoch);
+        if (atomic_load(&t->stop)) return NULL;
+        if (!enter(t)) continue;
+        member me = {.team = t, .id = id, .size = t->size};
         t->work(&me, t->arg);
-        atomic_fetch_sub_explicit(&t->busy, 1, memory_order_release);
+        team_wait(&me);
+        atomic_fetch_sub(&t->door, 1);
     }
 }
 
@@ -82,6 +101,7 @@ team *team_make(int size) {
     if (!t) return NULL;
     pthread_mutex_init(&t->lock, NULL);
     pthread_cond_init(&t->wake, NULL);
+    atomic_store(&t->door, SHUT);
     t->size = size;
     for (t->started = 1; t->started < size; t->started++)
         if (!start(t, t->started)) {
@@ -91,16 +111,9 @@ team *team_make(int size) {
     return t;
 }
 
-static void wake_all(team *t) {
-    pthread_mutex_lock(&t->lock);
-    atomic_fetch_add_explicit(&t->epoch, 1, memory_order_release);
-    pthread_cond_broadcast(&t->wake);
-    pthread_mutex_unlock(&t->lock);
-}
-
 void team_free(team *t) {
     if (!t) return;
-    t->stop = 1;
+    atomic_store(&t->stop, 1);
     wake_all(t);
     for (int i = 1; i < t->started; i++) pthread_join(t->threads[i], NULL);
     pthread_cond_destroy(&t->wake);
@@ -108,38 +121,37 @@ void team_free(team *t) {
     free(t);
 }
 
-int team_size(const team *t) { return t->size; }
-
 void team_run(team *t, team_work work, const void *arg) {
-    for (int i = 0; i < t->used; i++) atomic_store_explicit(&t->counters[i], 0, memory_order_relaxed);
+    for (int i = 0; i < t->used; i++) {
+        atomic_store_explicit(&t->phases[i].taken, 0, memory_order_relaxed);
+        atomic_store_explicit(&t->phases[i].finished, 0, memory_order_relaxed);
+    }
     t->work = work;
     t->arg = arg;
-    member me = {t, 0, t->size, 0, 0};
+    member me = {.team = t, .size = t->size};
     if (t->size > 1) {
-        atomic_store_explicit(&t->busy, t->size - 1, memory_order_relaxed);
+        atomic_store(&t->door, 0);
         wake_all(t);
     }
     work(&me, arg);
-    t->used = me.phase;
-    for (int i = 0; t->size > 1 && atomic_load_explicit(&t->busy, memory_order_acquire); i++) {
-        pause_briefly();
-        if (i > SPINS && i % YIELD_EVERY == 0) sched_yield();
+    team_wait(&me);
+    t->used = me.next;
+    for (int i = 0, nobody = 0; t->size > 1 && !atomic_compare_exchange_weak(&t->door, &nobody, SHUT); i++) {
+        nobody = 0;
+        linger(i);
     }
 }
 
 void team_wait(member *me) {
-    team *t = me->team;
-    if (me->size == 1) return;
-    int seen = atomic_load_explicit(&t->barriers, memory_order_acquire);
-    if (atomic_fetch_add_explicit(&t->arrived, 1, memory_order_acq_rel) + 1 == me->size) {
-        atomic_store_explicit(&t->arrived, 0, memory_order_relaxed);
-        atomic_fetch_add_explicit(&t->barriers, 1, memory_order_release);
-        return;
-    }
-    spin_until_changed(&t->barriers, seen);
+    for (int p = 0; p < me->open; p++)
+        for (int i = 0; atomic_load_explicit(&me->begun[p]->finished, memory_order_acquire) < me->items[p]; i++) linger(i);
+    me->open = 0;
 }
 
 share share_of(member *me, int64_t items, int64_t chunk) {
-    share s = {&me->team->counters[me->phase++ % MAX_PHASES], items, chunk < 1 ? 1 : chunk};
-    return s;
+    phase *at = &me->team->phases[me->next++ % MAX_PHASES];
+    if (me->open == MAX_OPEN) team_wait(me);
+    me->begun[me->open] = at;
+    me->items[me->open++] = items;
+    return (share){at, items, chunk < 1 ? 1 : chunk, 0};
 }
