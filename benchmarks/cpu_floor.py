@@ -2,17 +2,19 @@
 
     python benchmarks/cpu_floor.py --model qwen3-0.6b --dtype bfloat16 --threads 1
 
-First the ceilings, measured: bytes read a second, multiply-adds a second. Then the real step (scheduler, runner,
-sampler) on random weights. Floor of a decode step: the larger of weights and KV over the read rate, and operations
-over the multiply rate; of prefill: operations over the multiply rate. Times are those of the cheapest step in CPU time
-of the engine's thread, so that another process's turn on a shared machine is not counted; `wall` is the median.
+First the ceilings, measured: bytes read a second (the best of several ways to walk through memory), multiply-adds a
+second. Then the real step (scheduler, runner, sampler) on random weights. Floor of a decode step: the larger of weights
+and KV over the read rate, and operations over the multiply rate; of prefill: operations over the multiply rate. Times
+are wall times: `best` of the fastest step, whose parts are listed, and the median.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import datetime
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -60,11 +62,12 @@ def ceilings(dtype: str, threads: int) -> Ceilings:
         subprocess.run(["gcc", str(source), "-o", str(library_path), *flags], check=True)
         library = ctypes.CDLL(str(library_path))
     library.read_seconds.restype = library.multiply_rate.restype = ctypes.c_double
-    library.read_seconds.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    library.read_seconds.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int)
     library.multiply_rate.argtypes = (ctypes.c_int, ctypes.c_long)
     size = 1 << 29
     buffer = zeroed_memory(size).fill_(1)
-    read = max(size / library.read_seconds(buffer.data_ptr(), size, threads) for _ in range(12))
+    walks = [(streams, ahead) for streams in (1, 2, 4) for ahead in (0, 4096, 8192, 16384)] * 6
+    read = max(size / library.read_seconds(buffer.data_ptr(), size, threads, *walk) for walk in walks)
     wanted = 1 if dtype == "bfloat16" else 0
     rate = max(library.multiply_rate(wanted, 2_000_000) for _ in range(5))
     rate = rate or max(library.multiply_rate(0, 2_000_000) for _ in range(5))
@@ -72,7 +75,7 @@ def ceilings(dtype: str, threads: int) -> Ceilings:
 
 
 class Stopwatch:
-    """CPU and wall time of one step's parts, by name."""
+    """Wall time of one step's parts, by name."""
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = {}
@@ -89,9 +92,9 @@ class TimedDecoder:
 
     def forward(self, *args: object) -> torch.Tensor:
         self._decoder.seconds = torch.zeros(len(PHASES), dtype=torch.float64)
-        started = time.thread_time()
+        started = time.perf_counter()
         hidden = self._decoder.forward(*args)  # type: ignore[arg-type]
-        total = time.thread_time() - started
+        total = time.perf_counter() - started
         phases = dict(zip(PHASES, self._decoder.seconds.tolist(), strict=True))
         for name, seconds in phases.items():
             self._watch.add("products" if name in PRODUCTS else name, seconds)
@@ -99,9 +102,9 @@ class TimedDecoder:
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        started = time.thread_time()
+        started = time.perf_counter()
         logits = self._decoder.logits(hidden)
-        self._watch.add("logits", time.thread_time() - started)
+        self._watch.add("logits", time.perf_counter() - started)
         return logits
 
     def __getattr__(self, name: str) -> object:
@@ -126,9 +129,9 @@ class Bench:
         sample = runner_module.sample_tokens
 
         def timed(*args: object) -> list[SampledToken]:
-            started = time.thread_time()
+            started = time.perf_counter()
             result = sample(*args)  # type: ignore[arg-type]
-            self.watch.add("sampling", time.thread_time() - started)
+            self.watch.add("sampling", time.perf_counter() - started)
             return result
 
         runner_module.sample_tokens = timed  # type: ignore[assignment]
@@ -140,27 +143,20 @@ class Bench:
             self.worker.handle(Submitted(1, Submit(request, Leg.LOCAL, None)), 0.0)
 
     def steps(self) -> list[dict[str, float]]:
-        """Runs until nothing is left; each step's parts, with `total`, `python` and `wall`."""
+        """Runs until nothing is left; each step's parts, with `total` and `python`."""
         found = []
         while True:
             self.watch.spent = {}
-            wall, cpu = time.perf_counter(), time.thread_time()
+            started = time.perf_counter()
             ran = self.worker.step(0.0)
             self.worker.take_outputs()
             if not ran:
                 return found
             spent = self.watch.spent
-            total = time.thread_time() - cpu
+            total = time.perf_counter() - started
             spent["python"] = total - sum(spent.values())
-            spent["total"], spent["wall"] = total, time.perf_counter() - wall
+            spent["total"] = total
             found.append(spent)
-
-
-def least(steps: list[dict[str, float]]) -> dict[str, float]:
-    """The cheapest step, with the median of the wall times."""
-    best = dict(min(steps, key=lambda step: step["total"]))
-    best["wall"] = statistics.median(step["wall"] for step in steps)
-    return best
 
 
 def floor_s(config: ModelConfig, dtype: str, tokens: int, rows: int, context: int, top: Ceilings) -> float:
@@ -172,16 +168,35 @@ def floor_s(config: ModelConfig, dtype: str, tokens: int, rows: int, context: in
     return max(((inner + drawn) * BYTES[dtype] + kv_bytes) / top.read, operations / top.multiply)
 
 
-def report(name: str, step: dict[str, float], floor: float) -> float:
-    """Prints the step; returns its time over the floor."""
+def report(name: str, steps: list[dict[str, float]], floor: float) -> dict[str, object]:
     order = ("products", "logits", "attention", "rope and KV write", "norms", "embedding", "sampling", "call", "python")
-    parts = "  ".join(f"{part} {step.get(part, 0.0) * 1e3:.2f}" for part in order)
+    best = min(steps, key=lambda step: step["total"])
+    median = statistics.median(step["total"] for step in steps)
+    parts = {part: best.get(part, 0.0) for part in order}
     print(
-        f"{name:16} {step['total'] * 1e3:8.2f} ms  floor {floor * 1e3:8.2f}  ratio {step['total'] / floor:.2f}  "
-        f"wall {step['wall'] * 1e3:.2f}\n{'':16} {parts}",
+        f"{name:16} floor {floor * 1e3:8.2f} ms  best {best['total'] * 1e3:8.2f} ({best['total'] / floor:.2f} x)  "
+        f"median {median * 1e3:8.2f} ({median / floor:.2f} x)\n{'':16} "
+        + "  ".join(f"{part} {seconds * 1e3:.2f}" for part, seconds in parts.items()),
         flush=True,
     )
-    return step["total"] / floor
+    return {"case": name, "floor_s": floor, "best_s": best["total"], "median_s": median, "parts_of_best_s": parts}
+
+
+def measure(bench: Bench, dtype: str, top: Ceilings, args: argparse.Namespace) -> list[dict[str, object]]:
+    config, rows = bench.engine.model_config, []
+    for batch in args.batches:
+        bench.submit(batch, 128, args.new_tokens)
+        context = batch * (128 + args.new_tokens // 2)
+        floor = floor_s(config, dtype, batch, batch, context, top)
+        rows.append(report(f"decode {batch}", bench.steps()[1:], floor))
+    for sequences in (1, 8):
+        steps = []
+        for _ in range(args.prefills):
+            bench.submit(sequences, 512, 1)
+            steps += bench.steps()
+        floor = floor_s(config, dtype, 512 * sequences, sequences, 256 * sequences, top)
+        rows.append(report(f"prefill {sequences} x 512", steps, floor))
+    return rows
 
 
 def main() -> None:
@@ -191,30 +206,28 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the ratios there")
+    parser.add_argument("--prefills", type=int, default=3, help="how often each prompt case runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     args = parser.parse_args()
     top = ceilings(args.dtype, args.threads)
     bench = Bench(args.model, args.dtype, args.threads)
-    config = bench.engine.model_config
-    size = matrix_elements(config) * BYTES[args.dtype]
+    size = matrix_elements(bench.engine.model_config) * BYTES[args.dtype]
     print(
         f"{args.model} {args.dtype} {args.threads} threads: {size / 1e6:.0f} MB of weights a step; "
         f"measured ceilings: read {top.read / 1e9:.1f} GB/s, multiply {top.multiply / 1e9:.0f} GFLOP/s"
     )
-    ratios = {}
-    for batch in args.batches:
-        bench.submit(batch, 128, args.new_tokens)
-        steps = bench.steps()[1:]
-        context = batch * (128 + args.new_tokens // 2)
-        floor = floor_s(config, args.dtype, batch, batch, context, top)
-        ratios[f"decode {batch}"] = report(f"decode {batch}", least(steps), floor)
-    for sequences in (1, 8):
-        bench.submit(sequences, 512, 1)
-        floor = floor_s(config, args.dtype, 512 * sequences, sequences, 256 * sequences, top)
-        name = f"prefill {sequences} x 512"
-        ratios[name] = report(name, least(bench.steps()), floor)
+    rows = measure(bench, args.dtype, top, args)
     if args.json:
-        args.json.write_text(json.dumps({"command": " ".join(sys.argv), "time_over_floor": ratios}, indent=2) + "\n")
+        result = {
+            "command": f"python {' '.join(sys.argv)}",
+            "date": str(datetime.date.today()),
+            "load_average": os.getloadavg()[0],
+            "read_bytes_per_s": top.read,
+            "multiply_operations_per_s": top.multiply,
+            "time_over_floor": {row["case"]: row["best_s"] / row["floor_s"] for row in rows},
+            "steps": rows,
+        }
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 Each peer gets its own environment under .cache/peers (made here, kept) and its own process, which loads the model once.
 Every round asks all peers for the same case one after the other, so that whatever else the machine does hits all alike;
 figures are medians over the rounds: tokens per second of wall time, and per second of CPU time of all threads together.
+A long table can be made in parts: `--cases`, `--peers` and `--more` add samples to those already in `--out`.
 A peer that cannot be installed, or cannot load the model, is listed with its reason.
 """
 
@@ -17,8 +18,7 @@ import os
 import select
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ PEERS = (
     Peer("transformers", "transformers_peer.py", "transformers", (TORCH, "transformers>=5.17,<6", "accelerate")),
     Peer("transformers batching", "transformers_batching_peer.py", "transformers"),
     Peer("llama.cpp", "llamacpp_peer.py", "llamacpp", ("llama-cpp-python", "gguf", "safetensors")),
-    Peer("openvino", "openvino_peer.py", "openvino", ("openvino-genai", "optimum-intel", "nncf")),
+    Peer("openvino", "openvino_peer.py", "openvino", (TORCH, "optimum-intel", "nncf"), ("torchvision", "torchaudio")),
     Peer("ctranslate2", "ctranslate2_peer.py", "ctranslate2", ("ctranslate2", TORCH, "transformers>=5.17,<6")),
 )
 CASES = (
@@ -145,7 +145,13 @@ class Running:
         self._process = None
 
 
-def measure(model: str, dtype: str, threads: int, rounds: int, names: list[str]) -> list[Cell]:
+def prompts_of(case: Case, number: int, vocab: int) -> list[list[int]]:
+    return [prompt(1000 * number + i, case.prompt_tokens, vocab) for i in range(case.sequences)]
+
+
+def measure(
+    model: str, dtype: str, threads: int, rounds: range, names: list[str], cases: tuple[Case, ...]
+) -> list[Cell]:
     """One table: every peer, every case."""
     folder, vocab = checkpoint(model, dtype), SHAPES[model].vocab
     peers = []
@@ -157,12 +163,14 @@ def measure(model: str, dtype: str, threads: int, rounds: int, names: list[str])
             peers.append(running)
     cells = [Cell(running.peer.name, running.version) for running in peers]
     try:
-        for number in range(rounds + 1):  # the first round warms up
-            for case in CASES:
-                prompts = [prompt(1000 * number + i, case.prompt_tokens, vocab) for i in range(case.sequences)]
+        for case in cases:  # the first of a shape compiles or allocates
+            for running in peers:
+                running.run(replace(case, new_tokens=min(case.new_tokens, 4)), prompts_of(case, 0, vocab))
+        for number in rounds:
+            for case in cases:
                 for running, cell in zip(peers, cells, strict=True):
-                    answer = running.run(case, prompts)
-                    if number and answer is not None:
+                    answer = running.run(case, prompts_of(case, number, vocab))
+                    if answer is not None:
                         cell.add(case, answer)
     finally:
         for running, cell in zip(peers, cells, strict=True):
@@ -178,21 +186,20 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", nargs="+", default=[peer.name for peer in PEERS])
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="some of the columns")
+    parser.add_argument("--more", action="store_true", help="add to the samples of earlier runs in --out")
     parser.add_argument("--out", type=Path, help="folder for cpu_peers.json and cpu_peers.md")
     args = parser.parse_args()
+    cases = tuple(case for case in CASES if not args.cases or case.name in args.cases)
     for model in args.model:
         for dtype in args.dtype:
             for threads in args.threads:
                 print(f"{model} {dtype} {threads} threads", flush=True)
-                started = time.monotonic()
-                cells = measure(model, dtype, threads, args.rounds, args.peers)
-                took = (time.monotonic() - started) / 60
+                cells = measure(model, dtype, threads, range(1, args.rounds + 1), args.peers, cases)
                 command = f"python {' '.join(sys.argv)}"
                 when = f"{datetime.date.today()}, {os.cpu_count()} cores, load average {os.getloadavg()[1]:.0f}"
-                group = Group(
-                    model, dtype, threads, command, f"{when}, {args.rounds} rounds, {took:.0f} minutes", cells
-                )
-                write_report(group, CASES, args.out)
+                group = Group(model, dtype, threads, [f"`{command}`, {when}"], cells)
+                write_report(group, CASES, args.out, args.more)
 
 
 if __name__ == "__main__":

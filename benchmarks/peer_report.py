@@ -51,35 +51,47 @@ class Group:
     model: str
     dtype: str
     threads: int
-    command: str
-    when: str
+    runs: list[str]  # command, date and load of each
     cells: list[Cell]
+
+    def joined(self, other: Group) -> Group:
+        """Both groups' samples; a peer whose version changed keeps only the newer ones, those of `other`."""
+        cells = {cell.peer: cell for cell in self.cells}
+        for cell in other.cells:
+            before = cells.get(cell.peer)
+            if before is None or (cell.samples and before.version != cell.version):
+                cells[cell.peer] = cell
+                continue
+            before.skipped = cell.skipped
+            for name, samples in cell.samples.items():
+                before.samples.setdefault(name, []).extend(samples)
+        return Group(self.model, self.dtype, self.threads, self.runs + other.runs, list(cells.values()))
 
     @property
     def title(self) -> str:
         return f"{self.model}, {self.dtype}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
-def write_report(group: Group, cases: tuple[Case, ...], out: Path | None) -> None:
-    """Prints the table; puts it among those in `out`, in the place of an older one of the same title."""
-    print("\n".join(_section(group, cases)), flush=True)
+def write_report(group: Group, cases: tuple[Case, ...], out: Path | None, more: bool) -> None:
+    """Prints the table and puts it among those in `out`, in the place of one of the same title, or added to it."""
+    groups: dict[str, Group] = {}
+    if out is not None and (out / "cpu_peers.json").exists():
+        for entry in json.loads((out / "cpu_peers.json").read_text()):
+            known = Group(**entry | {"cells": [Cell(**cell) for cell in entry["cells"]]})
+            groups[known.title] = known
+    before = groups.get(group.title)
+    groups[group.title] = group if before is None or not more else before.joined(group)
+    print("\n".join(_section(groups[group.title], cases)), flush=True)
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "cpu_peers.json"
-    groups = {entry["title"]: entry for entry in (json.loads(path.read_text()) if path.exists() else [])}
-    groups[group.title] = asdict(group) | {"title": group.title}
     kept = [groups[title] for title in sorted(groups)]
-    path.write_text(json.dumps(kept, indent=1) + "\n")
-    lines = []
-    for entry in kept:
-        fields = {name: value for name, value in entry.items() if name not in ("title", "cells")}
-        lines += _section(Group(**fields, cells=[Cell(**cell) for cell in entry["cells"]]), cases)
-    (out / "cpu_peers.md").write_text("\n".join(lines))
+    (out / "cpu_peers.json").write_text(json.dumps([asdict(entry) for entry in kept], indent=1) + "\n")
+    (out / "cpu_peers.md").write_text("\n".join(line for entry in kept for line in _section(entry, cases)))
 
 
 def _section(group: Group, cases: tuple[Case, ...]) -> list[str]:
-    return [f"### {group.title}", "", f"`{group.command}`, {group.when}", "", *_table(group.cells, cases)]
+    return [f"### {group.title}", "", *(f"- {run}" for run in group.runs), "", *_table(group.cells, cases)]
 
 
 def _table(group: list[Cell], cases: tuple[Case, ...]) -> list[str]:
