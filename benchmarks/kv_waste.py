@@ -22,7 +22,7 @@ from typing import NoReturn
 from kvbaton.cluster.session_types import Leg, Submit
 from kvbaton.cluster.worker import Worker
 from kvbaton.cluster.worker_types import Submitted
-from kvbaton.engine.batch import ScheduledRow, StepResult
+from kvbaton.engine.batch import Pending, ScheduledRow
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
 from kvbaton.engine.engine import Engine
 from kvbaton.engine.request import Request, SamplingParams
@@ -48,12 +48,13 @@ class CountingEngine:
         self._engine = engine
         self.kv = engine.kv
         self.max_model_len = engine.max_model_len
+        self.pipelined = engine.pipelined
         self.vocab_size = engine.vocab_size
         self.computed_tokens = 0
 
-    def run(self, rows: list[ScheduledRow]) -> StepResult:
+    def launch(self, rows: list[ScheduledRow]) -> Pending:
         self.computed_tokens += sum(row.num_tokens for row in rows)
-        return self._engine.run(rows)
+        return self._engine.launch(rows)
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         self._engine.copy_blocks(pairs)
@@ -101,7 +102,7 @@ def mixed_requests(rng: random.Random, vocab: int) -> Iterator[tuple[tuple[int, 
 def filled_slots(worker: Worker, block_size: int) -> int:
     """Slots with a token's KV in all blocks that sequences hold, each block counted once."""
     filled: dict[int, int] = {}
-    for track in worker.tracks.of_session(1):
+    for track in worker.tracks.of_request(1, None):
         for seq in (*track.live.values(), *([track.prompt] if track.prompt else [])):
             for index, block_id in enumerate(seq.block_table):
                 used = min(block_size, max(0, seq.num_computed - index * block_size))

@@ -42,10 +42,12 @@ class Arrivals:
         else:
             self._landings.expect_move(request, [], now)
 
-    def grant(self, closed: bool) -> list[Track]:
-        """Landing blocks for those who wait for them. Returns moves for which there is no room."""
-        refused = self._landings.grant_waiting(len(self._decode.running), closed) if self._landings.waiting() else []
-        return self._tracks_of(refused)
+    def grant(self, closed: bool, joining: int) -> list[Track]:
+        """Landing blocks for those who wait for them, a block left for each who runs and for `joining` who soon will.
+        Returns moves for which there is no room."""
+        if not self._landings.waiting():
+            return []
+        return self._tracks_of(self._landings.grant_waiting(len(self._decode.running) + joining, closed))
 
     def overdue(self, now: float) -> list[Track]:
         """Moves whose sequence never came."""

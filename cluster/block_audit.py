@@ -13,10 +13,16 @@ MAX_PROBLEMS = 20
 
 
 def audit_blocks(
-    kv: KVManager, owners: BlockOwners, sequences: Iterable[Sequence[int]], handoffs: Iterable[Sequence[int]]
+    kv: KVManager,
+    owners: BlockOwners,
+    sequences: Iterable[Sequence[int]],
+    handoffs: Iterable[Sequence[int]],
+    written: Iterable[int] = (),
 ) -> BlockAudit:
-    """`sequences` are the block tables of all sequences, `handoffs` the blocks that hand-offs hold besides."""
+    """`sequences` are the block tables of all sequences, `handoffs` the blocks that hand-offs hold besides, and
+    `written` what the device is writing."""
     problems = _broken(kv)
+    problems += [f"block {block} is being written and nobody holds it" for block in written if not kv.holders(block)]
     of_sequences = Counter(block for table in sequences for block in table)
     of_handoffs = Counter(block for blocks in handoffs for block in blocks)
     counts: Counter[Owner | None] = Counter()

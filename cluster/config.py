@@ -14,6 +14,7 @@ from kvbaton.engine.config import (
     CPU_BLOCK_SIZE,
     GPU_BLOCK_SIZE,
     KV_DTYPES,
+    PIPELINED,
     BatchConfig,
     CacheConfig,
     ConfigError,
@@ -95,6 +96,7 @@ class EngineSettings:
     gpu_memory_fraction: Fraction = 0.9
     prefix_cache: bool = True
     kv_dtype: Annotated[str, OneOf(KV_DTYPES)] = "auto"
+    pipelined: Annotated[str, OneOf(PIPELINED)] = "auto"
     max_tokens_per_step: Annotated[int, Range(1, 1 << 20)] = 2048
     prefill_chunk_tokens: Annotated[int, Range(1, 1 << 20)] = 512
     max_running: Annotated[int, Range(1, 65536)] = 256
@@ -223,4 +225,5 @@ class ClusterConfig:
                 max_running=engine.max_running,
                 max_waiting=engine.max_waiting,
             ),
+            pipelined=engine.pipelined,
         )

@@ -105,6 +105,7 @@ class StepLoop:
         """One round: inbox, step, publish. Tests call it themselves instead of `start`."""
         self._drain_inbox(block)
         if self._stopping:
+            self._worker.settle()  # nothing may compute in memory that is about to go
             return
         self._step()
         self._turn_began_s = None
@@ -145,7 +146,7 @@ class StepLoop:
         self.counters = StepCounters(
             steps=total.steps + 1,
             busy_s=total.busy_s + step_s,
-            model_s=self._worker.model_s,
+            model_s=self._worker.pipeline.model_s,
             preemptions=self._worker.decode.num_preemptions,
-            model_cpu_s=self._worker.model_cpu_s,
+            model_cpu_s=self._worker.pipeline.model_cpu_s,
         )

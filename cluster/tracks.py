@@ -79,13 +79,17 @@ class Tracks:
     def remove(self, track: Track) -> None:
         self._by_key.pop(track.key, None)
 
-    def of_session(self, session_id: int) -> list[Track]:
-        return [track for track in self._by_key.values() if track.session_id == session_id]
-
     def named(self, request_id: str | None) -> list[Track]:
         """All tracks of a request id, whoever submitted it; all there are for None."""
         return [t for t in self if request_id is None or t.request.request_id == request_id]
 
-    def of_request(self, session_id: int, request_id: str) -> list[Track]:
-        """All epochs of a request that one session submitted here (normally one)."""
-        return [t for t in self.of_session(session_id) if t.request.request_id == request_id]
+    def of_request(self, session_id: int, request_id: str | None) -> list[Track]:
+        """All epochs of a request that one session submitted here (normally one); all of its requests for None."""
+        return [t for t in self.named(request_id) if t.session_id == session_id]
+
+    def block_tables(self) -> Iterator[list[int]]:
+        """Of every sequence, for an audit."""
+        for track in self:
+            yield from (seq.block_table for seq in track.live.values())
+            if track.prompt is not None:
+                yield track.prompt.block_table

@@ -1,7 +1,7 @@
 """One engine in a role: what happens to requests between two forward passes. Single-threaded, no Ray, no sockets.
 
-A step is schedule, run, publish. Decode rows go first, prefill chunks fill the rest of the token budget, and both run
-in one forward pass; the role only decides what the router sends here, so switching it changes no state in this class.
+A step is schedule, launch, publish (often the step before: `StepPipeline`). Decode rows go first, prefill chunks fill
+the rest of the token budget, both in one forward pass. A role only decides what the router sends here: it is no state.
 
     LOCAL leg     prefill queue -> running here
     PREFILL leg   prefill queue -> first token to the ingress, KV held for the peer -> ack
@@ -11,13 +11,12 @@ in one forward pass; the role only decides what the router sends here, so switch
 
 from __future__ import annotations
 
-import time
-
 from kvbaton.cluster.arrivals import Arrivals, branch
 from kvbaton.cluster.block_audit import audit_blocks
 from kvbaton.cluster.moves import Moves, OutgoingMove
 from kvbaton.cluster.outbox import Outbox
 from kvbaton.cluster.session_types import Leg, Move, Moved, MoveWanted
+from kvbaton.cluster.step_pipeline import LandedRow, StepPipeline
 from kvbaton.cluster.submit_check import SubmitCheck
 from kvbaton.cluster.tracks import Track, Tracks
 from kvbaton.cluster.worker_load import engine_load
@@ -35,7 +34,7 @@ from kvbaton.engine.stopping import finish_reason
 from kvbaton.kvtransfer.commands import HandoffCommands
 from kvbaton.kvtransfer.messages import Failed, Granted, HandoffKey, Landed, Offered, Released
 from kvbaton.prefill_worker.hold_limit import HoldLimit
-from kvbaton.prefill_worker.outgoing import OutgoingHandoffs
+from kvbaton.prefill_worker.outgoing import OutgoingHandoffs, OutgoingState
 from kvbaton.prefill_worker.scheduler import PrefillScheduler
 from kvbaton.router.engine_info import EngineLoad
 
@@ -57,15 +56,14 @@ class Worker:
         self.tracks = Tracks()
         self.owners = BlockOwners()
         self.prefill = PrefillScheduler(engine.kv, limits, self._prompt_starts, self._may_start)
-        self.decode = DecodeScheduler(engine.kv, limits.max_running)
+        self.decode = DecodeScheduler(engine.kv, limits.max_running, self._max_tokens)
+        self.pipeline = StepPipeline(engine.kv, engine.pipelined)
         self.outgoing = OutgoingHandoffs(engine.kv, agent, self.owners)
         self._holds = HoldLimit(self.outgoing, engine.kv.num_blocks, limits)
         self.landings = Landings(engine.kv, agent, self.owners)
         self.arrivals = Arrivals(engine, self.tracks, self.landings, self.decode)
         self.moves = Moves(engine.kv, self.decode, self.outgoing, self._move_ended)
         self.outbox = Outbox()
-        self.model_s = 0.0  # wall time inside forward passes
-        self.model_cpu_s = 0.0  # and the CPU time of this thread in them
 
     # ---- what comes in ------------------------------------------------------------------------------------------
 
@@ -93,7 +91,9 @@ class Worker:
                     self.outbox.notice(track.session_id, MoveWanted(track.request.request_id, item.to))
 
     def step(self, now: float) -> bool:
-        """Schedule, run, publish into the outbox. False when there was nothing to run."""
+        """Schedule, launch, publish into the outbox. False when there was nothing to run."""
+        lagging = self.pipeline.may_lag(self.decode, len(self.moves) > 0)
+        landed = not lagging and self.settle()
         self._end_all(self.arrivals.overdue(now), "the sequence to take over never came")
         self._end_all(self.tracks.overdue(now), "the request's time is up")
         self.moves.advance(now)
@@ -102,33 +102,38 @@ class Worker:
             self.prefill.add(seq)
             self.moves.stop(seq, "preempted")
         # Streams that gave their blocks up get them back before others get any.
-        refused = self.arrivals.grant(closed=bool(plan.preempted) or self.prefill.queue.preempted)
+        refused = self.arrivals.grant(bool(plan.preempted) or self.prefill.queue.preempted, self.pipeline.joining())
         self._end_all(refused, "no room for a sequence that decodes elsewhere")
         rows = plan.rows + self._prefill_rows(len(plan.rows), now)
-        stuck = self.arrivals.circle(now, moving=bool(rows) or self.owners.count(Owner.LANDING) > 0)
+        stuck = self.arrivals.circle(now, bool(rows) or self.pipeline.busy or self.owners.count(Owner.LANDING) > 0)
         self._end_all(stuck, "no room: every block here waits for other engines")
         if not rows:
-            return False
+            return self.settle() or landed
         if plan.copies:
             self._engine.copy_blocks(plan.copies)
-        self._run(rows)
+        self._landed_rows(self.pipeline.launch(self._engine, rows))
+        if not lagging:
+            self.settle()
         return True
 
-    def _run(self, rows: list[ScheduledRow]) -> None:
-        started, cpu_started = time.perf_counter(), time.thread_time()
-        result = self._engine.run(rows)
-        self.model_s += time.perf_counter() - started
-        self.model_cpu_s += time.thread_time() - cpu_started
-        for row, sampled, prompt_logprobs in zip(rows, result.sampled, result.prompt_logprobs, strict=True):
-            track = self.tracks.of(row.seq)
+    def settle(self) -> bool:
+        """Wait for the step on its way and publish it. False when there is none."""
+        busy = self.pipeline.busy
+        self._landed_rows(self.pipeline.land())
+        return busy
+
+    def _landed_rows(self, rows: list[LandedRow]) -> None:
+        for landed in rows:
+            row, seq = landed.row, landed.row.seq
+            track = self.tracks.of(seq)
             if track is None:
-                raise RuntimeError(f"request {row.seq.request.request_id} ran without being tracked")
-            track.prompt_logprobs.extend(prompt_logprobs or ())
-            if row.seq.status is Status.RUNNING:
+                raise RuntimeError(f"request {seq.request.request_id} ran without being tracked")
+            track.prompt_logprobs.extend(landed.prompt_logprobs or ())
+            if seq.status is Status.RUNNING:
                 self.decode.commit(row)
-                self._next_token(track, row.seq, sampled[0])
+                self._next_token(track, seq, landed.sampled[0])
             else:
-                self._prefilled(track, row, sampled)
+                self._prefilled(track, row, landed.sampled)
 
     def take_outputs(self) -> dict[int, list[TokenOutput]]:
         """Outputs since the last call, by session; the caller sends them."""
@@ -136,7 +141,7 @@ class Worker:
 
     def empty(self) -> bool:
         """True when no request, hand-off or block is held here. Other threads may ask."""
-        return not (len(self.tracks) or len(self.outgoing) or len(self.landings))
+        return not (len(self.tracks) or len(self.outgoing) or len(self.landings) or self.pipeline.busy)
 
     def load(self, step_s: float) -> EngineLoad:
         waiting = self.landings.waiting()
@@ -145,10 +150,9 @@ class Worker:
 
     def audit(self) -> BlockAudit:
         """Every block by its owner, counted anew from the sequences and hand-offs; costs a walk over the pool."""
-        tables = [seq.block_table for track in self.tracks for seq in track.live.values()]
-        tables += [track.prompt.block_table for track in self.tracks if track.prompt is not None]
+        tables = [*self.tracks.block_tables(), *self.pipeline.parked()]
         handoffs = [*self.outgoing.held(), *self.landings.held()]
-        return audit_blocks(self._engine.kv, self.owners, tables, handoffs)
+        return audit_blocks(self._engine.kv, self.owners, tables, handoffs, self.pipeline.written())
 
     @property
     def kv(self) -> KVManager:
@@ -281,8 +285,7 @@ class Worker:
         elif seq in self.prefill.queue:
             self.prefill.remove(seq)
         seq.to(Status.FINISHED)
-        self._engine.kv.release(seq.block_table)
-        seq.block_table = []
+        self.pipeline.give_back(seq)
         del track.live[seq.samples[0]]
         if not track.live and track.prompt is None:
             self.tracks.remove(track)
@@ -310,15 +313,10 @@ class Worker:
         seq.to(Status.FINISHED)
         track.prompt = None
         if track.key not in self.outgoing:
-            self._engine.kv.release(seq.block_table)
-            seq.block_table = []
+            self.pipeline.give_back(seq)
 
     def _abort(self, abort: Abort) -> None:
-        if abort.request_id is None:
-            tracks = self.tracks.of_session(abort.session_id)
-        else:
-            tracks = self.tracks.of_request(abort.session_id, abort.request_id)
-        for track in tracks:
+        for track in self.tracks.of_request(abort.session_id, abort.request_id):
             if abort.sample is None:
                 self._end_request(track, None)
             else:
@@ -342,7 +340,9 @@ class Worker:
         self._end_request(track, None if event.reason.endswith(FINISHED_ON_PREFILL) else event.reason)
 
     def _released(self, event: Released) -> None:
-        """Nothing touches the hand-off's blocks any more; at prefill this also ends the request."""
+        """The network touches the hand-off's blocks no more; at prefill this also ends the request."""
+        if self.outgoing.state(event.key) is OutgoingState.CLOSING:
+            self.settle()  # a chunk of it may be on its way
         self.landings.released(event.key)
         track = self.tracks.get(event.key)
         if self.outgoing.released(event.key) is not None and track is not None and track.leg is Leg.PREFILL:

@@ -6,21 +6,23 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvbaton.cluster.session_types import Move, Submit
-from kvbaton.engine.batch import ScheduledRow, StepResult
+from kvbaton.engine.batch import Pending, ScheduledRow
 from kvbaton.engine.kv_manager import KVManager
 from kvbaton.kvtransfer.messages import Failed, Granted, Landed, Offered, Released
 
 
 class StepEngine(Protocol):
-    """What the step loop needs of an engine: its blocks, and a forward pass over scheduled rows."""
+    """What the step loop needs of an engine: its blocks, and a forward pass over scheduled rows. `pipelined`: a step
+    may be launched before the last one was waited for."""
 
     kv: KVManager
     max_model_len: int
+    pipelined: bool
 
     @property
     def vocab_size(self) -> int: ...
 
-    def run(self, rows: list[ScheduledRow]) -> StepResult: ...
+    def launch(self, rows: list[ScheduledRow]) -> Pending: ...
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None: ...
 

@@ -3,6 +3,9 @@
 When the pool cannot give a running sequence its next block, the youngest running sequence gives all of its blocks back
 and is computed again later from its tokens (vLLM's recompute). The oldest sequence is taken last, so it always advances
 and the batch as a whole cannot stall.
+
+A sequence whose last row has not landed is scheduled at the position behind it, except where it will end there by its
+length. Where that takes blocks that are not there (`has_room`), the caller lets the row land first.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from dataclasses import dataclass
 from kvbaton.engine.batch import ScheduledRow
 from kvbaton.engine.kv_manager import KVManager, OutOfBlocks
 from kvbaton.engine.sequence import Sequence, Status
+from kvbaton.engine.stopping import ends_by_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +30,10 @@ class DecodePlan:
 class DecodeScheduler:
     """Owns the sequences that decode, oldest arrival first."""
 
-    def __init__(self, kv: KVManager, max_running: int) -> None:
+    def __init__(self, kv: KVManager, max_running: int, max_model_len: int) -> None:
         self._kv = kv
         self.max_running = max_running
+        self._max_model_len = max_model_len
         self.running: list[Sequence] = []
         self.num_preemptions = 0
 
@@ -45,6 +50,11 @@ class DecodeScheduler:
         """Forget a sequence; the caller releases its blocks."""
         self.running.remove(seq)
 
+    def has_room(self) -> bool:
+        """Whether the next step has a slot for everybody, without anybody giving way."""
+        room = self._kv.available
+        return room >= len(self.running) or room >= sum(map(self._takes_block, self.running))
+
     def schedule(self) -> DecodePlan:
         """One row per running sequence that has, or can be given, the slot that its next token needs."""
         rows: list[ScheduledRow] = []
@@ -53,8 +63,8 @@ class DecodeScheduler:
         at = 0
         while at < len(self.running):
             seq = self.running[at]
-            if at < self.max_running and self._make_room(seq, copies, preempted):
-                rows.append(ScheduledRow(seq, 1, seq.samples))
+            if at < self.max_running and self._goes_on(seq) and self._make_room(seq, copies, preempted):
+                rows.append(ScheduledRow(seq, 1, seq.samples, seq.in_flight))
             at += 1
         return DecodePlan(rows, copies, preempted)
 
@@ -65,6 +75,15 @@ class DecodeScheduler:
         if seq.num_computed % size == 0:
             full = seq.num_computed // size
             self._kv.commit(seq.hashes(size, full), seq.block_table[:full])
+
+    def _goes_on(self, seq: Sequence) -> bool:
+        return not seq.in_flight or not ends_by_length(seq, seq.in_flight, self._max_model_len)
+
+    def _takes_block(self, seq: Sequence) -> bool:
+        block, offset = divmod(seq.num_scheduled, self._kv.block_size)
+        if block == len(seq.block_table):
+            return True
+        return offset > 0 and not self._kv.is_private(seq.block_table[block])
 
     def _make_room(self, seq: Sequence, copies: list[tuple[int, int]], preempted: list[Sequence]) -> bool:
         """Make the slot of the next token private to `seq`; False when `seq` itself had to give way."""
@@ -80,7 +99,7 @@ class DecodeScheduler:
                     return False
 
     def _next_slot(self, seq: Sequence, copies: list[tuple[int, int]]) -> None:
-        block, offset = divmod(seq.num_computed, self._kv.block_size)
+        block, offset = divmod(seq.num_scheduled, self._kv.block_size)
         if block == len(seq.block_table):
             seq.block_table.extend(self._kv.allocate(1))
         elif offset:
@@ -90,6 +109,8 @@ class DecodeScheduler:
                 copies.append(copy)
 
     def _preempt(self, seq: Sequence) -> None:
+        if seq.in_flight:
+            raise RuntimeError(f"request {seq.request.request_id} gives way with a row on its way")
         self._kv.release(seq.block_table)
         seq.block_table = []
         seq.num_computed = 0

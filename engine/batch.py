@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvbaton.engine.request import TokenLogprobs
 from kvbaton.engine.sequence import Sequence
@@ -10,7 +11,10 @@ from kvbaton.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRow:
-    """Run `seq.tokens[num_computed : num_computed + num_tokens]` of one sequence.
+    """Run the next `num_tokens` tokens of one sequence, from `start` on.
+
+    `ahead` tokens before them belong to a step that has been launched and has not landed: what it computes is not in
+    `seq.num_computed` yet, and the token that it draws for a decode row is not in `seq.tokens`.
 
     `samples` are the sample indices to draw from the logits of the last of these tokens: one for a decode row, all of
     the request's for the last chunk of a prompt, none for an inner chunk. The sequence's block table already covers
@@ -20,6 +24,12 @@ class ScheduledRow:
     seq: Sequence
     num_tokens: int
     samples: tuple[int, ...]
+    ahead: int = 0
+
+    @property
+    def start(self) -> int:
+        """Position of the row's first token; true until the step before it lands."""
+        return self.seq.num_computed + self.ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +41,19 @@ class SampledToken:
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """Per scheduled row, in order: a sampled token per entry of `row.samples`; and, for rows of a request with
-    `prompt_logprobs`, that *token's own* log-probability for each token of the row (None for position 0)."""
+    `prompt_logprobs`, that *token's own* log-probability for each token of the row (None for position 0).
+
+    `redrawn` are rows whose token was drawn on the host at the end: a row of the next step that was launched before
+    read something else in its place, and nothing of it may be used."""
 
     sampled: list[tuple[SampledToken, ...]]
     prompt_logprobs: list[tuple[TokenLogprobs | None, ...] | None]
+    redrawn: tuple[int, ...] = ()
+
+
+class Pending(Protocol):
+    """A step on its way."""
+
+    def wait(self) -> StepResult:
+        """Blocks until the device is through with it. Called once, in the order of launches."""
+        ...

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 KV_DTYPES = ("auto", "fp8_e4m3")
+PIPELINED = ("auto", "on", "off")
 GPU_BLOCK_SIZE = 32  # tokens a KV block where nothing is said; larger ones leave more slots held and unused
 CPU_BLOCK_SIZE = 16
 
@@ -45,7 +46,8 @@ class BatchConfig:
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """One engine: which weights on which device, and how it batches. `threads` None leaves torch's default.
-    `cuda_graphs` False runs decode steps operator by operator on CUDA too."""
+    `cuda_graphs` False runs decode steps operator by operator on CUDA too. `pipelined`: whether a step is scheduled
+    while the one before runs; auto is where decode steps are graphs."""
 
     model: Path
     device: str = "cpu"
@@ -55,3 +57,4 @@ class EngineConfig:
     cache: CacheConfig = CacheConfig()
     batch: BatchConfig = BatchConfig()
     cuda_graphs: bool = True
+    pipelined: str = "auto"

@@ -3,6 +3,8 @@
 
     rows -> bucket (rows and block table width, both rounded up) -> one copy into static buffers -> replay -> hidden
 
+Where a token id is not known yet, because the step before is still running, it is filled in between copy and replay.
+
 A graph reads where it was captured to read, so each bucket's token ids, positions, slots, lengths and block tables lie
 at fixed places of one device buffer, which a step overwrites whole: 7 words a row, then the tables.
 
@@ -25,6 +27,7 @@ import numpy.typing as npt
 import torch
 
 from kvbaton.engine.batch import ScheduledRow
+from kvbaton.engine.token_feed import TokenFeed
 from kvbaton.kernels.meta import AttentionMeta
 
 MAX_ROWS = 512
@@ -137,6 +140,34 @@ class HostTables:
         self._held[row] = list(table)
 
 
+class Staging:
+    """Two pinned host buffers, used in turn: one is written while the copy from the other may not have run yet."""
+
+    def __init__(self, words: int, device: torch.device) -> None:
+        self._device = device
+        cuda = device.type == "cuda"
+        self._buffers = [torch.zeros(words, dtype=torch.int32, pin_memory=cuda) for _ in range(2)]
+        self._copied = [torch.cuda.Event() if cuda else None for _ in range(2)]
+        self._at = 0
+
+    def next(self, words: int) -> Words:
+        """[words] int32, zero, to be written and sent. Waits for the copy before the last, which is long through."""
+        self._at ^= 1
+        copied = self._copied[self._at]
+        if copied is not None:
+            copied.synchronize()
+        packed: Words = self._buffers[self._at][:words].numpy()
+        packed.fill(0)
+        return packed
+
+    def send(self, words: int, target: torch.Tensor) -> None:
+        """Start the copy of the first `words` of what `next` gave to target [at least words] int32."""
+        target[:words].copy_(self._buffers[self._at][:words], non_blocking=True)
+        copied = self._copied[self._at]
+        if copied is not None:
+            copied.record()
+
+
 @dataclass(frozen=True, slots=True)
 class _Graph:
     replay: Replay
@@ -159,6 +190,7 @@ class DecodeGraphs:
         self._tables = HostTables(sizes, scratch_block)
         largest = Bucket(sizes.rows[-1], sizes.widths[-1])
         self._static = torch.zeros(largest.words, dtype=torch.int32, device=decoder.device)
+        self._staging = Staging(largest.words, decoder.device)
         self._starts = torch.arange(largest.rows + 1, dtype=torch.int32, device=decoder.device)
         self._graphs: dict[Bucket, _Graph] = {}
 
@@ -166,12 +198,12 @@ class DecodeGraphs:
         """Where `rows` run; None for rows of several tokens, or more or longer ones than any graph has."""
         if any(row.num_tokens != 1 for row in rows):
             return None
-        longest = max(row.seq.num_computed for row in rows) + 1
+        longest = max(row.start for row in rows) + 1
         return self.sizes.bucket(len(rows), -(-longest // self._block_size))
 
-    def forward(self, rows: list[ScheduledRow], bucket: Bucket) -> torch.Tensor:
+    def forward(self, rows: list[ScheduledRow], bucket: Bucket, feed: TokenFeed) -> torch.Tensor:
         """Hidden states [len(rows), hidden] of the rows' tokens, whose K and V go to the pool."""
-        self._send(self._pack(rows, bucket))
+        self._load(rows, bucket, feed)
         graph = self._graphs.get(bucket)
         if graph is None:
             graph = self._graphs[bucket] = self._make(bucket)
@@ -183,13 +215,20 @@ class DecodeGraphs:
         """Make every graph now, so that no step waits for one; returns how many there are."""
         for bucket in self.sizes.buckets():
             if bucket not in self._graphs:
-                self._send(self._pack([], bucket))
+                self._pack([], [], bucket)
+                self._staging.send(bucket.words, self._static)
                 self._graphs[bucket] = self._make(bucket)
         return len(self._graphs)
 
-    def _pack(self, rows: list[ScheduledRow], bucket: Bucket) -> Words:
-        """The static buffer's content for `rows`, scratch rows behind them."""
-        packed = np.zeros(bucket.words, dtype=np.int32)
+    def _load(self, rows: list[ScheduledRow], bucket: Bucket, feed: TokenFeed) -> None:
+        """Bring the static buffer to what a replay for `rows` reads."""
+        self._pack(rows, [feed.tokens(row)[0] for row in rows], bucket)
+        self._staging.send(bucket.words, self._static)
+        feed.fill(rows, self._static[: 2 * bucket.rows].view(torch.int64))
+
+    def _pack(self, rows: list[ScheduledRow], token_ids: list[int], bucket: Bucket) -> None:
+        """Write the static buffer's content for `rows` to the staging buffer, scratch rows behind them."""
+        packed = self._staging.next(bucket.words)
         count, size, ends = len(rows), bucket.rows, 6 * bucket.rows
         tokens, positions, slots = packed[:ends].view(np.int64).reshape(3, size)
         slots[count:] = self._scratch * self._block_size
@@ -198,8 +237,8 @@ class DecodeGraphs:
         tables = packed[ends + size :].reshape(size, bucket.width)
         tables[count:] = self._scratch
         if rows:
-            tokens[:count] = [row.seq.tokens[row.seq.num_computed] for row in rows]
-            positions[:count] = [row.seq.num_computed for row in rows]
+            tokens[:count] = token_ids
+            positions[:count] = [row.start for row in rows]
             lens[:count] = positions[:count] + 1
             for i, row in enumerate(rows):
                 self._tables.put(i, row.seq.block_table)
@@ -207,13 +246,6 @@ class DecodeGraphs:
             at = positions[:count]
             slots[:count] = tables[np.arange(count), at // self._block_size].astype(np.int64) * self._block_size
             slots[:count] += at % self._block_size
-        return packed
-
-    def _send(self, packed: Words) -> None:
-        host = torch.from_numpy(packed)
-        if self._static.is_cuda:
-            host = host.pin_memory()  # a new buffer each time, which torch keeps until the copy is through
-        self._static[: len(packed)].copy_(host, non_blocking=True)
 
     def _make(self, bucket: Bucket) -> _Graph:
         token_ids, meta = self._views(bucket)

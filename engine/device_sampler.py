@@ -9,12 +9,12 @@ biases or log-probabilities take the `sampler`'s way, which waits more often. Th
 sampler's where `exp` and `log` are.
 
 A cut looks at the `HORIZON` likeliest tokens of a row. A row whose nucleus reaches further draws -1, and is drawn again
-by the sampler when the tokens have come.
+by the sampler when the tokens have come. A step that was launched on top of it has read something else there.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ import torch
 from kvbaton.engine.logit_edits import needs_edits
 from kvbaton.engine.request import SamplingParams
 from kvbaton.engine.sampler import LEAST_TEMPERATURE, Draw, sample_tokens
+from kvbaton.engine.sequence import Sequence
 from kvbaton.kernels.draw import WEIGHT_BITS, DrawKernels, DrawRows, draw_kernels_for
 
 HORIZON = 1024
@@ -37,13 +38,30 @@ class _Cuts:
     top_p: torch.Tensor  # float64
 
 
-class PendingTokens:
-    """Tokens on their way to the host."""
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """What it takes to draw rows of `logits` [rows, vocab] a second time, when their sequences may have grown."""
 
-    def __init__(self, logits: torch.Tensor, draws: list[Draw], tokens: torch.Tensor) -> None:
-        """Starts the copy of tokens [rows] int64. `logits` [rows, vocab] must stay as they are until `wait`."""
-        self._logits = logits
-        self._draws = draws
+    logits: torch.Tensor
+    draws: list[Draw]
+    positions: list[int]
+
+    def draw(self, rows: list[int]) -> list[int]:
+        draws = []
+        for place, i in enumerate(rows):
+            draw = self.draws[i]
+            draws.append(replace(draw, row=place, ahead=self.positions[i] - len(draw.seq.tokens)))
+        return [drawn.token_id for drawn in sample_tokens(self.logits[rows], draws)]
+
+
+class PendingTokens:
+    """Tokens on their way to the host. `tokens` [rows] int64 is what the device drew, -1 where it could not."""
+
+    def __init__(self, tokens: torch.Tensor, again: _Again | None = None) -> None:
+        """Starts the copy of `tokens`; none of them is -1 where there is nothing to draw `again` from."""
+        self.tokens = tokens
+        self.redrawn: list[int] = []  # after `wait`: rows that were drawn again
+        self._again = again
         self._event: torch.cuda.Event | None = None
         if tokens.is_cuda:
             self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
@@ -58,11 +76,11 @@ class PendingTokens:
         if self._event is not None:
             self._event.synchronize()
         chosen: list[int] = self._host.tolist()
-        wide = [i for i, token in enumerate(chosen) if token == TOO_WIDE]
-        if wide:
-            again = [Draw(self._draws[i].seq, self._draws[i].sample, place) for place, i in enumerate(wide)]
-            for i, drawn in zip(wide, sample_tokens(self._logits[wide], again), strict=True):
-                chosen[i] = drawn.token_id
+        if self._again is not None:
+            self.redrawn = [i for i, token in enumerate(chosen) if token == TOO_WIDE]
+        if self._again is not None and self.redrawn:
+            for i, token in zip(self.redrawn, self._again.draw(self.redrawn), strict=True):
+                chosen[i] = token
         return chosen
 
 
@@ -75,20 +93,21 @@ class DeviceSampler:
 
     def takes(self, draws: list[Draw]) -> bool:
         """Whether every draw is of its own row and asks for nothing but what is served here."""
-        return all(draw.row == i and _is_plain(draw) for i, draw in enumerate(draws))
+        return all(draw.row == i and is_plain(draw.seq) for i, draw in enumerate(draws))
 
     def start(self, logits: torch.Tensor, draws: list[Draw]) -> PendingTokens:
         """Draw one token from each row of logits [rows, vocab] float32; `takes(draws)` and a row a draw are given."""
         params = [draw.seq.sampling for draw in draws]
         if not any(_is_random(p) for p in params):
-            return PendingTokens(logits, draws, self._kernels.argmax(logits))
+            return PendingTokens(self._kernels.argmax(logits))
         rows, cuts = _upload(draws, self._device)
         top = logits.amax(-1)
         if not any(_has_cut(p, logits.shape[1]) for p in params):
-            return PendingTokens(logits, draws, self._kernels.draw(logits, top, rows, False))
+            return PendingTokens(self._kernels.draw(logits, top, rows, False))
         rows, reached = self._with_cuts(logits, top, rows, cuts)
-        tokens = self._kernels.draw(logits, top, rows, True)
-        return PendingTokens(logits, draws, torch.where(reached, tokens, TOO_WIDE))
+        tokens = torch.where(reached, self._kernels.draw(logits, top, rows, True), TOO_WIDE)
+        kept = logits if logits.is_cuda else logits.clone()  # on the CPU the next step's take the same memory
+        return PendingTokens(tokens, _Again(kept, draws, [draw.position for draw in draws]))
 
     def _with_cuts(
         self, logits: torch.Tensor, top: torch.Tensor, rows: DrawRows, cuts: _Cuts
@@ -114,8 +133,9 @@ class DeviceSampler:
         return _replace_least(rows, least), reached
 
 
-def _is_plain(draw: Draw) -> bool:
-    return draw.seq.sampling.logprobs is None and not needs_edits(draw.seq)
+def is_plain(seq: Sequence) -> bool:
+    """Whether the host has no part in the next token of `seq`, nor in those after it."""
+    return seq.sampling.logprobs is None and not needs_edits(seq)
 
 
 def _is_random(params: SamplingParams) -> bool:
@@ -135,7 +155,7 @@ def _upload(draws: list[Draw], device: torch.device) -> tuple[DrawRows, _Cuts]:
     for i, draw in enumerate(draws):
         p = draw.seq.sampling
         if _is_random(p):
-            whole[:4, i] = p.seed, draw.sample, len(draw.seq.tokens), p.top_k
+            whole[:4, i] = p.seed, draw.sample, draw.position, p.top_k
             real[:, i] = p.temperature, p.min_p, p.top_p
         else:
             real[2, i] = 1.0

@@ -1,7 +1,7 @@
 """An engine: weights and a KV pool on one device. What it computes, and for whom, is decided by its worker.
 
 Engine.load(config)        weights from a folder, then a pool from the memory that is left
-copy_blocks, run           once a step, from one thread, always the same
+copy_blocks, launch        once a step, from one thread, always the same
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import time
 
 import torch
 
-from kvbaton.engine.batch import ScheduledRow, StepResult
-from kvbaton.engine.config import KV_DTYPES, CacheConfig, ConfigError, EngineConfig
+from kvbaton.engine.batch import Pending, ScheduledRow, StepResult
+from kvbaton.engine.config import KV_DTYPES, PIPELINED, CacheConfig, ConfigError, EngineConfig
 from kvbaton.engine.cuda_graphs import CudaCapture, DecodeGraphs, GraphSizes
 from kvbaton.engine.decoder import Decoder
 from kvbaton.engine.device_sampler import DeviceSampler
@@ -56,14 +56,17 @@ class Engine:
         self._fingerprint = model.fingerprint
         self._device = device
         self._kernels = kernels_for(device, self.geometry.dtype)
-        self._runner = self._make_runner(_forward_pass(model, self.geometry, self._kernels))
+        decoder = _forward_pass(model, self.geometry, self._kernels)
+        graphs = device.type == "cuda" and config.cuda_graphs and isinstance(decoder, Decoder) and decoder.capturable
+        self.pipelined = graphs if config.pipelined == "auto" else config.pipelined == "on"
+        self._runner = self._make_runner(decoder, graphs)
 
-    def _make_runner(self, decoder: ForwardPass) -> Runner:
-        """On CUDA tokens are drawn on the device, and decode steps are graphs where the model allows it."""
-        if self._device.type != "cuda":
+    def _make_runner(self, decoder: ForwardPass, captured: bool) -> Runner:
+        """Where steps are pipelined, and on CUDA, tokens are drawn on the device."""
+        if self._device.type != "cuda" and not self.pipelined:
             return Runner(decoder, self.cache.pool)
         sampler = DeviceSampler(self._device)
-        if not (self.config.cuda_graphs and isinstance(decoder, Decoder) and decoder.capturable):
+        if not captured:
             return Runner(decoder, self.cache.pool, sampler=sampler)
         sizes = GraphSizes.of(self.config.batch.max_running, self.max_model_len, self.geometry.block_size)
         graphs = DecodeGraphs(decoder, self.cache.pool, self.cache.num_blocks, sizes, CudaCapture())
@@ -83,14 +86,20 @@ class Engine:
     def vocab_size(self) -> int:
         return self.model_config.vocab_size
 
+    def launch(self, rows: list[ScheduledRow]) -> Pending:
+        """One forward pass over `rows`, and the tokens that they ask for, once they are waited for."""
+        return self._runner.launch(rows)
+
     def run(self, rows: list[ScheduledRow]) -> StepResult:
-        """One forward pass over `rows`, and the tokens that they ask for."""
-        return self._runner.run(rows)
+        """Launch and wait."""
+        return self.launch(rows).wait()
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy block contents (source, destination) as if one after the other."""
         for batch in _independent(pairs):
-            ids = torch.tensor(batch, dtype=torch.int64).to(self._device)  # [pairs, 2]
+            ids = torch.tensor(batch, dtype=torch.int64)  # [pairs, 2]
+            if self._device.type == "cuda":
+                ids = ids.pin_memory().to(self._device, non_blocking=True)
             self._kernels.copy_blocks(self.cache.pool, ids[:, 0].contiguous(), ids[:, 1].contiguous())
 
     def compatibility(self) -> tuple[tuple[str, str], ...]:
@@ -116,6 +125,8 @@ def _check(config: EngineConfig) -> None:
         raise ConfigError(f"gpu_memory_fraction must be in (0, 1], got {cache.gpu_memory_fraction}")
     if cache.kv_dtype not in KV_DTYPES:
         raise ConfigError(f"kv_dtype {cache.kv_dtype!r} is not supported; supported: {', '.join(KV_DTYPES)}")
+    if config.pipelined not in PIPELINED:
+        raise ConfigError(f"pipelined {config.pipelined!r} is not supported; supported: {', '.join(PIPELINED)}")
     if config.max_model_len is not None and config.max_model_len < 2:
         raise ConfigError(f"max_model_len must be at least 2 (a token in, a token out), got {config.max_model_len}")
 

@@ -137,16 +137,19 @@ class KVManager:
                 raise BlockMisuse(f"block {block_id} is shared but nobody holds it")
         self._hold(block_ids)
 
+    def is_private(self, block_id: int) -> bool:
+        """Whether the one holder of a block may write to it."""
+        return self._pool.holders(block_id) == 1 and block_id not in self._cache
+
     def make_writable(self, block_id: int) -> tuple[int, tuple[int, int] | None]:
         """Copy-on-write for a held block that is about to change.
 
         Returns the block to write to and the copy (source, destination) to make first, None if the block is already
         the caller's alone. With a copy the caller's hold moves to the new block. Raises `OutOfBlocks`.
         """
-        holders = self._pool.holders(block_id)
-        if not holders:
+        if not self._pool.holders(block_id):
             raise BlockMisuse(f"block {block_id} is written but nobody holds it")
-        if holders == 1 and block_id not in self._cache:
+        if self.is_private(block_id):
             return block_id, None
         (private,) = self.allocate(1)
         self.release([block_id])

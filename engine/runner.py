@@ -17,16 +17,16 @@ import torch
 
 from kvbaton.engine.batch import SampledToken, ScheduledRow, StepResult
 from kvbaton.engine.cuda_graphs import DecodeGraphs
-from kvbaton.engine.device_sampler import DeviceSampler
+from kvbaton.engine.device_sampler import DeviceSampler, PendingTokens
 from kvbaton.engine.logprobs import token_logprobs
-from kvbaton.engine.request import TokenLogprobs
+from kvbaton.engine.pending import LaunchedStep, PromptLogprobs
 from kvbaton.engine.sampler import Draw, sample_tokens
 from kvbaton.engine.sequence import Sequence
+from kvbaton.engine.token_feed import TokenFeed
+from kvbaton.kernels.draw import draw_kernels_for
 from kvbaton.kernels.meta import AttentionMeta, build_attention_meta
 
 LOGPROB_ROWS = 128  # prompt tokens whose logits [LOGPROB_ROWS, vocab] exist at a time
-
-PromptLogprobs = tuple[TokenLogprobs | None, ...]
 
 
 class ForwardPass(Protocol):
@@ -58,58 +58,63 @@ class Runner:
         self._sampler = sampler
         self._pool = pool
         self._block_size = pool.shape[4]
+        self._feed = TokenFeed(draw_kernels_for(decoder.device))
         self._tails: WeakKeyDictionary[Sequence, torch.Tensor] = WeakKeyDictionary()  # [hidden] each
 
-    @torch.inference_mode()
     def run(self, rows: list[ScheduledRow]) -> StepResult:
-        """Compute `rows`, writing their KV. At least one row, each of at least one token."""
+        """Launch and wait."""
+        return self.launch(rows).wait()
+
+    @torch.inference_mode()
+    def launch(self, rows: list[ScheduledRow]) -> LaunchedStep:
+        """Have `rows` computed and their KV written; at least one row, each of at least one token.
+
+        Another step may be launched before this one is waited for. On CUDA this returns while the device computes; on
+        the CPU everything is done, and only the tokens are kept back."""
         order = sorted(range(len(rows)), key=lambda i: rows[i].num_tokens != 1)  # stable: single tokens first
         ordered = [rows[i] for i in order]
         hidden = self._forward(ordered)
         prompt_logprobs = self._prompt_logprobs(ordered, hidden)
-        sampled = self._sample(ordered, hidden)
-        result = StepResult([()] * len(rows), [None] * len(rows))
-        for place, i in enumerate(order):
-            result.sampled[i] = sampled[place]
-            result.prompt_logprobs[i] = prompt_logprobs[place]
-        return result
+        return LaunchedStep(ordered, order, self._sample(ordered, hidden), prompt_logprobs)
 
     def _forward(self, rows: list[ScheduledRow]) -> torch.Tensor:  # [num_tokens, hidden], valid until the next step
         bucket = self._graphs.bucket(rows) if self._graphs is not None else None
         if self._graphs is not None and bucket is not None:
-            return self._graphs.forward(rows, bucket)
+            return self._graphs.forward(rows, bucket, self._feed)
         return self._decoder.forward(self._token_ids(rows), self._pool, self._meta(rows))
 
     def _meta(self, rows: list[ScheduledRow]) -> AttentionMeta:
         return build_attention_meta(
             [row.num_tokens for row in rows],
-            [row.seq.num_computed + row.num_tokens for row in rows],
+            [row.start + row.num_tokens for row in rows],
             [row.seq.block_table for row in rows],
             self._block_size,
             self._decoder.device,
         )
 
     def _token_ids(self, rows: list[ScheduledRow]) -> torch.Tensor:  # [num_tokens] int64
-        flat = chain.from_iterable(_row_tokens(row) for row in rows)
-        host = torch.from_numpy(np.fromiter(flat, dtype=np.int64))
+        flat = chain.from_iterable(self._feed.tokens(row) for row in rows)
+        ids = torch.from_numpy(np.fromiter(flat, dtype=np.int64))
         if self._decoder.device.type == "cuda":
-            return host.pin_memory().to(self._decoder.device, non_blocking=True)
-        return host
+            ids = ids.pin_memory().to(self._decoder.device, non_blocking=True)
+        self._feed.fill(rows, ids)
+        return ids
 
-    def _sample(self, rows: list[ScheduledRow], hidden: torch.Tensor) -> list[tuple[SampledToken, ...]]:
+    def _sample(self, rows: list[ScheduledRow], hidden: torch.Tensor) -> PendingTokens | list[SampledToken]:
         """hidden [num_tokens, hidden]; only the last token of each row that draws becomes logits."""
         drawing = [i for i, row in enumerate(rows) if row.samples]
         if not drawing:
-            return [()] * len(rows)
+            self._feed.drew([], [])
+            return []
         logits = self._decoder.logits(_last_rows(hidden, rows, drawing))  # [len(drawing), vocab]
-        draws = [Draw(rows[i].seq, sample, place) for place, i in enumerate(drawing) for sample in rows[i].samples]
-        tokens = iter(self._draw(logits, draws))
-        return [tuple(next(tokens) for _ in row.samples) for row in rows]
-
-    def _draw(self, logits: torch.Tensor, draws: list[Draw]) -> list[SampledToken]:
+        draws = [_draw(rows[i], sample, place) for place, i in enumerate(drawing) for sample in rows[i].samples]
         if self._sampler is not None and self._sampler.takes(draws):
-            return [SampledToken(token_id) for token_id in self._sampler.start(logits, draws).wait()]
-        return sample_tokens(logits, draws)
+            pending = self._sampler.start(logits, draws)
+            self._feed.drew(draws, pending.tokens)
+            return pending
+        sampled = sample_tokens(logits, draws)
+        self._feed.drew(draws, [token.token_id for token in sampled])
+        return sampled
 
     def _prompt_logprobs(self, rows: list[ScheduledRow], hidden: torch.Tensor) -> list[PromptLogprobs | None]:
         results: list[PromptLogprobs | None] = [None] * len(rows)
@@ -141,8 +146,12 @@ class Runner:
 
 
 def _row_tokens(row: ScheduledRow) -> list[int]:
-    start = row.seq.num_computed
-    return row.seq.tokens[start : start + row.num_tokens]
+    return row.seq.tokens[row.start : row.start + row.num_tokens]
+
+
+def _draw(row: ScheduledRow, sample: int, place: int) -> Draw:
+    """The token behind the row, whose logits are at `place`."""
+    return Draw(row.seq, sample, place, row.start + row.num_tokens - len(row.seq.tokens))
 
 
 def _last_rows(hidden: torch.Tensor, rows: list[ScheduledRow], drawing: list[int]) -> torch.Tensor:

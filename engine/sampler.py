@@ -27,11 +27,18 @@ LEAST_TEMPERATURE = 1e-5  # below, the best token has all the probability that a
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Sample index `sample` of `seq` draws from row `row` of the step's logits; several draws may share a row."""
+    """Sample index `sample` of `seq` draws from row `row` of the step's logits; several draws may share a row. `ahead`
+    tokens before this one have been drawn and are not in `seq.tokens` yet."""
 
     seq: Sequence
     sample: int
     row: int
+    ahead: int = 0
+
+    @property
+    def position(self) -> int:
+        """Of the token to draw; true until the step before lands."""
+        return len(self.seq.tokens) + self.ahead
 
 
 def sample_tokens(logits: torch.Tensor, draws: list[Draw]) -> list[SampledToken]:
@@ -62,9 +69,7 @@ def _choose(logits: torch.Tensor, draws: list[Draw]) -> list[int]:
     if greedy:
         tokens[greedy] = best_tokens(edited[greedy])
     drawn = [draws[i] for i in random]
-    keys = draw_keys(
-        [d.seq.sampling.seed for d in drawn], [d.sample for d in drawn], [len(d.seq.tokens) for d in drawn]
-    )
+    keys = draw_keys([d.seq.sampling.seed for d in drawn], [d.sample for d in drawn], [d.position for d in drawn])
     rows = edited[random] if greedy else edited
     tokens[random] = draw_tokens(rows, [d.seq.sampling for d in drawn], keys)
     chosen: list[int] = tokens.tolist()

@@ -1,7 +1,7 @@
 """A sequence: one sample of one request on one engine, with the tokens it has and the blocks it holds.
 
     tokens        [ prompt ............ | emitted before a resume .. | sampled here ... ]
-    KV in pool    [ num_computed tokens ......... ) <- the next step computes from here
+    KV in pool    [ num_computed tokens ......... | in_flight ) <- the next step computes from here
     block_table   block i holds tokens i*block_size .. (i+1)*block_size-1
 
 The scheduler that runs a sequence owns it; only that scheduler changes it. Status changes go through `to`.
@@ -51,6 +51,7 @@ class Sequence:
         "arrival_s",
         "block_table",
         "cached_tokens",
+        "in_flight",
         "num_computed",
         "request",
         "samples",
@@ -64,6 +65,7 @@ class Sequence:
         self.tokens: list[int] = list(request.context)
         self.block_table: list[int] = []
         self.num_computed = 0
+        self.in_flight = 0  # tokens of a step that has been launched and has not landed; their KV is not final
         self.cached_tokens = 0  # of num_computed, how many came from the prefix cache
         self.arrival_s = arrival_s
         self.status = Status.WAITING
@@ -81,6 +83,11 @@ class Sequence:
     def num_outputs(self) -> int:
         """Output tokens so far, the ones emitted before a resume included."""
         return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def num_scheduled(self) -> int:
+        """Where the next step goes on."""
+        return self.num_computed + self.in_flight
 
     @property
     def num_uncomputed(self) -> int:

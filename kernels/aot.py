@@ -48,6 +48,8 @@ INDEX_POINTERS = {
     "samples_ptr": "i64",
     "least_ptr": "i64",
     "token_ptr": "i64",
+    "token_ids_ptr": "i64",
+    "drawn_ptr": "i64",
     "sum_ptr": "i64",
     "temperature_ptr": "fp64",
     "min_p_ptr": "fp64",
@@ -178,6 +180,8 @@ def draw_specs() -> Iterator[KernelSpec]:
         constants = (("RANDOM", random), ("CUTS", cuts), chunk)
         yield KernelSpec(label, triton_draw.draw_kernel, torch.float32, constants, warps)
     yield KernelSpec("total weight", triton_draw.total_weight_kernel, torch.float32, (chunk,), warps)
+    rows = (("ROWS", triton_draw.FILL_ROWS),)
+    yield KernelSpec("fill tokens", triton_draw.fill_tokens_kernel, torch.float32, rows, triton_draw.FILL_WARPS)
 
 
 def compile_spec(spec: KernelSpec) -> CompiledKernel:

@@ -48,6 +48,10 @@ class DrawKernels(Protocol):
         """[rows] int64: the sum of weights of the tokens that min_p keeps."""
         ...
 
+    def fill_tokens(self, token_ids: torch.Tensor, drawn: torch.Tensor) -> None:
+        """token_ids [n] int64, in place: -1 - i becomes drawn[i] of drawn [m] int64, 0 where that is below zero too."""
+        ...
+
 
 def draw_kernels_for(device: torch.device) -> DrawKernels:
     """Triton on CUDA, torch elsewhere."""
@@ -77,6 +81,10 @@ class TorchDraw:
     def total_weight(self, logits: torch.Tensor, top: torch.Tensor, rows: DrawRows) -> torch.Tensor:
         scores = _scores(logits, top, rows)
         return _weights(scores).masked_fill(scores.exp() < rows.min_p.unsqueeze(1), 0).sum(-1)
+
+    def fill_tokens(self, token_ids: torch.Tensor, drawn: torch.Tensor) -> None:
+        taken = drawn[(-1 - token_ids).clamp(min=0)].clamp(min=0)
+        token_ids.copy_(torch.where(token_ids < 0, taken, token_ids))
 
 
 def philox_keys(rows: DrawRows) -> torch.Tensor:

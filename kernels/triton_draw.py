@@ -14,6 +14,7 @@ from kvbaton.kernels.draw import DrawRows
 
 CHUNK = 2048
 NUM_WARPS = 8
+FILL_ROWS, FILL_WARPS = 256, 4
 
 
 @triton.jit
@@ -117,6 +118,20 @@ def total_weight_kernel(
     tl.store(sum_ptr + row * chunks + chunk, tl.sum(tl.where(kept, _weights(scores), 0), axis=0))
 
 
+@triton.jit
+def fill_tokens_kernel(
+    token_ids_ptr,  # [count] int64
+    drawn_ptr,  # [draws] int64
+    count,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.load(token_ids_ptr + row, mask=row < count, other=0)
+    unknown = token < 0
+    drawn = tl.load(drawn_ptr + (-1 - token), mask=unknown, other=0)
+    tl.store(token_ids_ptr + row, tl.maximum(drawn, 0), mask=unknown)
+
+
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """[rows] int64; see `DrawKernels`."""
     return _draw(logits, (logits,) * 7, random=False, cuts=False)
@@ -151,3 +166,9 @@ def total_weight(logits: torch.Tensor, top: torch.Tensor, rows: DrawRows) -> tor
         num_warps=NUM_WARPS,
     )  # fmt: skip
     return sums.sum(-1)
+
+
+def fill_tokens(token_ids: torch.Tensor, drawn: torch.Tensor) -> None:
+    """In place; see `DrawKernels`."""
+    count = token_ids.shape[0]
+    fill_tokens_kernel[(triton.cdiv(count, FILL_ROWS),)](token_ids, drawn, count, ROWS=FILL_ROWS, num_warps=FILL_WARPS)

@@ -61,15 +61,17 @@ class PrefillScheduler:
         for seq in self.queue.ordered(now):
             if budget_tokens <= 0:
                 break
+            if seq.in_flight == seq.num_uncomputed:
+                continue  # its last chunk is on its way
             if seq.status is not Status.PREFILLING:
                 if not self._may_start(seq, self.blocks_needed(len(seq.tokens))):
                     continue
                 room = room and self._start(seq)  # after the first that finds no room nobody else starts
                 if not room:
                     continue
-            take = min(seq.num_uncomputed, self._limits.prefill_chunk_tokens, budget_tokens)
-            last = take == seq.num_uncomputed
-            rows.append(ScheduledRow(seq, take, seq.samples if last else ()))
+            left = seq.num_uncomputed - seq.in_flight
+            take = min(left, self._limits.prefill_chunk_tokens, budget_tokens)
+            rows.append(ScheduledRow(seq, take, seq.samples if take == left else (), seq.in_flight))
             budget_tokens -= take
         return rows
 

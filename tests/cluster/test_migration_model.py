@@ -20,6 +20,7 @@ from kvbaton.cluster.client_moves import MoveRefused
 from kvbaton.cluster.session_client import SessionLost
 from kvbaton.kvtransfer.faults import Fault
 from kvbaton.router.engine_info import EngineState, Role
+from support.toy_engine import PipelinedToyEngine, ToyEngine
 from support.toy_service import ToyService
 
 ROLES = {"p0": Role.PREFILL, "d0": Role.DECODE, "d1": Role.DECODE, "h0": Role.HYBRID}
@@ -28,11 +29,13 @@ names = st.sampled_from(NAMES)
 
 
 class MovingMachine(RuleBasedStateMachine):
+    engine = ToyEngine
+
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
         self.count = 0
-        self.service = ToyService(num_blocks=28)
+        self.service = ToyService(28, engine=self.engine)
         self.now(self.start_all())
 
     async def start_all(self) -> None:
@@ -166,7 +169,15 @@ class MovingMachine(RuleBasedStateMachine):
         self.service.assert_clean()
 
 
-MovingMachine.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+class PipelinedMachine(MovingMachine):
+    """The same with steps that overlap."""
+
+    engine = PipelinedToyEngine
+
+
+for machine in (MovingMachine, PipelinedMachine):
+    machine.TestCase.settings = settings(
+        max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    )
 TestMoving = MovingMachine.TestCase
+TestPipelinedMoving = PipelinedMachine.TestCase

@@ -13,6 +13,8 @@ from support.toy_cluster import ToyCluster
 from support.toy_engine import ToyEngine, expected_tokens
 from support.worker_bench import WorkerBench, prompt_of, request
 
+pytestmark = pytest.mark.usefixtures("_each_way")
+
 
 def bench(num_blocks: int = 40, **limits: object) -> WorkerBench:
     return WorkerBench(ToyEngine(num_blocks), BatchConfig(max_tokens_per_step=64, **limits))  # type: ignore[arg-type]

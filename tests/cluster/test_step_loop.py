@@ -9,7 +9,7 @@ from kvbaton.cluster.session_types import Leg, Notice, Submit, SubmitRefused
 from kvbaton.cluster.step_loop import StepLoop
 from kvbaton.cluster.worker import Worker
 from kvbaton.cluster.worker_types import Abort, Submitted
-from kvbaton.engine.batch import ScheduledRow, StepResult
+from kvbaton.engine.batch import Pending, ScheduledRow
 from kvbaton.engine.block_owners import BlockAudit
 from kvbaton.engine.config import BatchConfig
 from kvbaton.engine.kv_manager import CacheEvent, CacheSnapshot
@@ -19,6 +19,8 @@ from support.recording_agent import RecordingAgent
 from support.toy_cluster import Clock
 from support.toy_engine import ToyEngine, expected_tokens
 from support.worker_bench import SESSION, prompt_of, request
+
+pytestmark = pytest.mark.usefixtures("_each_way")
 
 
 class Sink:
@@ -49,9 +51,9 @@ class LongStep(ToyEngine):
         super().__init__(num_blocks=40)
         self.meanwhile = lambda: None
 
-    def run(self, rows: list[ScheduledRow]) -> StepResult:
+    def launch(self, rows: list[ScheduledRow]) -> Pending:
         self.meanwhile()
-        return super().run(rows)
+        return super().launch(rows)
 
 
 class Stage:

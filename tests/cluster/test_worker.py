@@ -15,6 +15,8 @@ from kvbaton.prefill_worker.outgoing import OutgoingState
 from support.toy_engine import ToyEngine, expected_tokens
 from support.worker_bench import PEER, SESSION, WorkerBench, prompt_of, request
 
+pytestmark = pytest.mark.usefixtures("_each_way")
+
 
 def toy_bench(num_blocks: int = 64, limits: BatchConfig | None = None) -> ToyBench:
     return ToyBench(ToyEngine(num_blocks), limits or BatchConfig(max_tokens_per_step=64))
@@ -222,6 +224,7 @@ class TestPrefillLeg:
         bench.worker.handle(Failed(key, "peer is gone"), bench.now)
         bench.collect()
         assert [(o.finish, o.error) for o in bench.outputs] == [(FinishReason.ERROR, "peer is gone")]
+        bench.settle()
         assert not bench.step()
         assert bench.engine.kv.counts().held == 5
         bench.worker.handle(Released(key, acked=False), bench.now)
@@ -327,6 +330,7 @@ class TestDecodeLeg:
             bench.worker.handle(Landed(key, encode_first_tokens({0: 3})), bench.now)
             bench.step()
         if state == "preempted":
+            bench.settle()
             victim = bench.worker.decode.running.pop()
             bench.worker.decode._preempt(victim)
             bench.worker.prefill.add(victim)
@@ -340,5 +344,6 @@ class TestDecodeLeg:
             bench.submit(request(f"r{i}", prompt_of(9, i), max_tokens=100))
         bench.step()
         bench.worker.handle(Abort(SESSION, None), bench.now)
+        bench.settle()
         assert not bench.step()
         bench.assert_clean()

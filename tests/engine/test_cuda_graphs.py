@@ -20,7 +20,9 @@ from kvbaton.engine.engine import Engine
 from kvbaton.engine.kv_cache import KVCache
 from kvbaton.engine.model_loader import load_model
 from kvbaton.engine.runner import Runner
+from kvbaton.engine.token_feed import TokenFeed
 from kvbaton.kernels import reference
+from kvbaton.kernels.draw import TorchDraw
 from support.engine_driver import EngineDriver, output
 from support.oracle import TinyModels, prompts
 
@@ -115,7 +117,7 @@ def test_the_static_buffer_holds_the_step_and_scratch_behind_it(rig: GraphRig) -
     rows = [ScheduledRow(seq, 1, (0,)) for seq in (three, one, two)]
     bucket = rig.graphs.bucket(rows)
     assert bucket == Bucket(4, 8)
-    rig.graphs._send(rig.graphs._pack(rows, bucket))
+    rig.graphs._load(rows, bucket, TokenFeed(TorchDraw()))
     token_ids, meta = rig.graphs._views(bucket)
     size, at = 16, [seq.num_computed for seq in (three, one, two)]
     assert token_ids.tolist() == [three.tokens[-1], one.tokens[-1], two.tokens[-1], 0]
@@ -215,7 +217,7 @@ def test_captured_steps_equal_eager_ones(tiny_model: TinyModels) -> None:
         rows = [driver._row(seqs[i], 1) for i in batch]
         bucket = graphs.bucket(rows)
         assert bucket is not None
-        captured = graphs.forward(rows, bucket).clone()
+        captured = graphs.forward(rows, bucket, engine._runner._feed).clone()
         torch.testing.assert_close(captured, engine._runner._forward(rows), atol=1e-3, rtol=1e-3)
         driver.step(*((seqs[i], 1) for i in batch))
     driver.finish()

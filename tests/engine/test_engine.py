@@ -86,12 +86,12 @@ def test_steps_keep_their_memory_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_memory_of_a_step_is_counted_in_full(config: EngineConfig) -> None:
-    """Guards the three parts: activations, logits, partial attention (twice: the graphs have their own)."""
+    """Guards the parts: activations, logits of two steps, partial attention (twice: the graphs have their own)."""
     model = replace(load_model_config(config.model), vocab_size=1000, hidden_size=10, intermediate_size=20)
     model = replace(model, num_heads=2, num_kv_heads=1, head_dim=6)
     batch = BatchConfig(max_tokens_per_step=100, max_running=8)
     layer = 4 * 10 + 3 * 12 + 2 * 6 + 3 * 20
-    wanted = 100 * layer * 2 + 8 * 1000 * (2 + 4) + 2 * 8 * 2 * 64 * (6 + 2) * 4
+    wanted = 100 * layer * 2 + 8 * 1000 * (2 + 4 + 4) + 2 * 8 * 2 * 64 * (6 + 2) * 4
     assert step_workspace_bytes(model, batch, 2) == wanted * 5 // 4
     decode = pytest.importorskip("kvbaton.kernels.triton_decode", reason="triton is not installed on this platform")
     assert decode.MAX_SPLITS == memory.MAX_ATTENTION_SPLITS

@@ -1,9 +1,14 @@
-"""One engine, whole path below the sockets: tokens equal transformers' greedy ones, token by token, in float32."""
+"""One engine, whole path below the sockets: tokens equal transformers' greedy ones, token by token, in float32.
+
+Each step on its own, and with the next step scheduled and launched before the last one's tokens are known.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 
@@ -17,11 +22,19 @@ from support.worker_bench import WorkerBench
 NUM_TOKENS = 64
 
 
-def make_bench(model: Path, kv_blocks: int = 400, **limits: int) -> WorkerBench:
-    config = EngineConfig(model, dtype="float32", cache=CacheConfig(kv_memory_bytes=1 << 30))
-    probe = Engine.load(config).geometry.block_bytes
-    config = EngineConfig(model, dtype="float32", cache=CacheConfig(kv_memory_bytes=kv_blocks * probe))
-    return WorkerBench(Engine.load(config), BatchConfig(**limits))
+class MakeBench(Protocol):
+    def __call__(self, model: Path, kv_blocks: int = 400, **limits: int) -> WorkerBench: ...
+
+
+@pytest.fixture(params=["off", "on"], ids=["each", "pipelined"])
+def make_bench(request: pytest.FixtureRequest) -> MakeBench:
+    def make(model: Path, kv_blocks: int = 400, **limits: int) -> WorkerBench:
+        config = EngineConfig(model, dtype="float32", cache=CacheConfig(kv_memory_bytes=1 << 30))
+        probe = Engine.load(config).geometry.block_bytes
+        cache = CacheConfig(kv_memory_bytes=kv_blocks * probe)
+        return WorkerBench(Engine.load(replace(config, cache=cache, pipelined=request.param)), BatchConfig(**limits))
+
+    return make
 
 
 def greedy(name: str, prompt: Sequence[int], max_tokens: int = NUM_TOKENS) -> Request:
@@ -35,7 +48,7 @@ def sampled(name: str, prompt: Sequence[int], seed: int, n: int = 1) -> Request:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("chunk", [16, 64, 4096])
-def test_prompts_one_by_one(tiny_model: TinyModels, family: Family, chunk: int) -> None:
+def test_prompts_one_by_one(make_bench: MakeBench, tiny_model: TinyModels, family: Family, chunk: int) -> None:
     """Chunked prefill of 16, 64 and the whole prompt; later prompts may hit the cache of earlier ones."""
     model = tiny_model(family)
     bench = make_bench(model, prefill_chunk_tokens=chunk, max_tokens_per_step=4096)
@@ -47,7 +60,7 @@ def test_prompts_one_by_one(tiny_model: TinyModels, family: Family, chunk: int) 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sixteen_at_once(tiny_model: TinyModels, family: Family) -> None:
+def test_sixteen_at_once(make_bench: MakeBench, tiny_model: TinyModels, family: Family) -> None:
     """Ragged batches: prompts of different lengths arrive while others decode."""
     model = tiny_model(family)
     bench = make_bench(model, max_tokens_per_step=256, prefill_chunk_tokens=64)
@@ -63,7 +76,7 @@ def test_sixteen_at_once(tiny_model: TinyModels, family: Family) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_full_and_partial_prefix_hits(tiny_model: TinyModels, family: Family) -> None:
+def test_full_and_partial_prefix_hits(make_bench: MakeBench, tiny_model: TinyModels, family: Family) -> None:
     """A prompt seen before, and one that shares only its first blocks, give the same tokens as without a cache."""
     model = tiny_model(family)
     bench = make_bench(model)
@@ -79,7 +92,7 @@ def test_full_and_partial_prefix_hits(tiny_model: TinyModels, family: Family) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_preemption_by_a_tiny_pool(tiny_model: TinyModels, family: Family) -> None:
+def test_preemption_by_a_tiny_pool(make_bench: MakeBench, tiny_model: TinyModels, family: Family) -> None:
     """Sequences lose all blocks in mid-stream and are recomputed."""
     model = tiny_model(family)
     bench = make_bench(model, kv_blocks=22)
@@ -93,7 +106,9 @@ def test_preemption_by_a_tiny_pool(tiny_model: TinyModels, family: Family) -> No
 
 
 @pytest.mark.parametrize("family", [Family.LLAMA, Family.QWEN3_MOE])
-def test_sampled_tokens_do_not_depend_on_the_batch(tiny_model: TinyModels, family: Family) -> None:
+def test_sampled_tokens_do_not_depend_on_the_batch(
+    make_bench: MakeBench, tiny_model: TinyModels, family: Family
+) -> None:
     """A seeded request draws the same tokens alone and among fifteen others, and so does each sample of n."""
     model = tiny_model(family)
     alone = make_bench(model)

@@ -156,11 +156,11 @@ class SlowEngine:
         self._pause_s = seconds
         self._changed.set()
 
-    def run(self, rows: Any) -> Any:
+    def launch(self, rows: Any) -> Any:
         if self._pause_s:
             self._changed.clear()
             self._changed.wait(self._pause_s)
-        return self._inner.run(rows)
+        return self._inner.launch(rows)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)

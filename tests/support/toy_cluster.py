@@ -47,10 +47,11 @@ class Node:
         clock: Clock,
         num_blocks: int,
         settings: TransferSettings = DEFAULTS,
+        engine: type[ToyEngine] = ToyEngine,
         secret: bytes = SECRET,
     ) -> None:
         self.name = name
-        self.engine = ToyEngine(num_blocks, BLOCK_SIZE)
+        self.engine = engine(num_blocks, BLOCK_SIZE)
         self.weather = Weather()
         self.transport = FaultyTransport(LoopbackTransport(network, self.engine), self.weather, self.engine)
         self.inbox: deque[Item] = deque()
@@ -165,8 +166,9 @@ class Stream:
 class ToyCluster:
     """Nodes by name, and streams by request id."""
 
-    def __init__(self, num_blocks: int = 40, checksum: str = "off") -> None:
+    def __init__(self, num_blocks: int = 40, checksum: str = "off", engine: type[ToyEngine] = ToyEngine) -> None:
         self.clock = Clock()
+        self.engine = engine
         self.network = LoopbackNetwork()
         self.num_blocks = num_blocks
         self.checksum = checksum
@@ -178,7 +180,8 @@ class ToyCluster:
         """Start an engine, or a new generation of one that died. `settings` are those of its transfer agent."""
         self.generations[name] = self.generations.get(name, 0) + 1
         transfer = TransferSettings(**({"checksum": self.checksum} | settings))  # type: ignore[arg-type]
-        node = Node(name, self.generations[name], self.network, self.clock, self.num_blocks, transfer, secret)
+        generation = self.generations[name]
+        node = Node(name, generation, self.network, self.clock, self.num_blocks, transfer, self.engine, secret)
         self.nodes[name] = node
         return node
 
@@ -242,9 +245,7 @@ class ToyCluster:
         return all(stream.over for stream in self.streams.values()) and all(
             not node.inbox
             and not node.mail
-            and not len(node.worker.tracks)
-            and not len(node.worker.outgoing)
-            and not len(node.worker.landings)
+            and node.worker.empty()
             and not (node.agent.stats().sending or node.agent.stats().receiving)
             for node in nodes
         )

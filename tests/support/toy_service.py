@@ -22,7 +22,7 @@ from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
 from kvbaton.router.placement import RouterConfig
 from kvbaton.router.router import Router
 from support.toy_cluster import BLOCK_SIZE, SECRET, Clock, Node
-from support.toy_engine import expected_tokens
+from support.toy_engine import ToyEngine, expected_tokens
 
 
 class ToySession:
@@ -113,8 +113,9 @@ class ToyStream:
 class ToyService:
     """`start` engines, `submit`, then move everything by hand or `settle`."""
 
-    def __init__(self, num_blocks: int = 40, checksum: str = "off") -> None:
+    def __init__(self, num_blocks: int = 40, checksum: str = "off", engine: type[ToyEngine] = ToyEngine) -> None:
         self.clock = Clock()
+        self.engine = engine
         self.num_blocks = num_blocks
         self.checksum = checksum
         self.network = LoopbackNetwork()
@@ -133,7 +134,7 @@ class ToyService:
         self._generations[name] = self._generations.get(name, 0) + 1
         blocks = num_blocks or self.num_blocks
         settings = TransferSettings(checksum=self.checksum)
-        node = Node(name, self._generations[name], self.network, self.clock, blocks, settings)
+        node = Node(name, self._generations[name], self.network, self.clock, blocks, settings, self.engine)
         self.nodes[name] = node
         address = node.address
         info = EngineInfo(

@@ -186,6 +186,21 @@ def draws(vocab: int, device: torch.device) -> None:
     assert int(error.max()) <= vocab
 
 
+def filled_tokens(count: int, device: torch.device) -> None:
+    """Known ids stay, places become what stands there, and a draw that is missing becomes 0; nothing behind the end."""
+    from kvbaton.kernels import triton_draw
+
+    g = torch.Generator().manual_seed(count)
+    drawn = torch.randint(0, 1 << 40, (count,), generator=g)
+    drawn[::3] = -1
+    ids = torch.where(torch.rand(count + 1, generator=g) < 0.5, -1 - torch.arange(count + 1) % count, 1 << 35)
+    ours, want = ids.clone().to(device), ids.clone()
+    triton_draw.fill_tokens(ours[:count], drawn.to(device))
+    TorchDraw().fill_tokens(want[:count], drawn)
+    assert torch.equal(ours.cpu(), want)
+    assert int(want[:count].min()) >= 0
+
+
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
     """Within the dtype's tolerance, relative to 1 + |want|; NaN is never close."""
     wide = want.double()
@@ -233,6 +248,7 @@ CHECKS = (
     ),
     *(Check(f"blocks-{dtype}", partial(blocks, dtype)) for dtype in (torch.float32, torch.bfloat16, FP8)),
     *(Check(f"draws-{vocab}", partial(draws, vocab)) for vocab in (96, 5000)),
+    *(Check(f"filled-tokens-{count}", partial(filled_tokens, count)) for count in (1, 700)),
     Check("fp8-pool", partial(fp8_pool, _BASE, True)),
     Check("fp8-pool-float16", partial(fp8_pool, replace(_BASE, dtype=torch.float16, window=24, head_dim=24), True)),
     Check("fp8-pool-bfloat16", partial(fp8_pool, replace(_BASE, dtype=torch.bfloat16, head_dim=64), False), False),

@@ -45,6 +45,11 @@ class WorkerBench:
         assert self.worker.audit().problems == ()
         return ran
 
+    def settle(self) -> None:
+        """What is on its way lands."""
+        self.worker.settle()
+        self.collect()
+
     def collect(self) -> None:
         for outputs in self.worker.take_outputs().values():
             self.outputs.extend(outputs)
