@@ -13,18 +13,29 @@ import pytest
 import torch
 
 from kvbaton.engine.batch import ScheduledRow
-from kvbaton.engine.config import CacheConfig, EngineConfig
-from kvbaton.engine.cuda_graphs import Bucket, CudaCapture, DecodeGraphs, GraphSizes, HostTables, Replay, run_again
+from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
+from kvbaton.engine.cuda_graphs import (
+    Bucket,
+    CudaCapture,
+    DecodeGraphs,
+    GraphSizes,
+    HostTables,
+    Replay,
+    Staging,
+    run_again,
+)
 from kvbaton.engine.device_sampler import DeviceSampler
 from kvbaton.engine.engine import Engine
 from kvbaton.engine.kv_cache import KVCache
 from kvbaton.engine.model_loader import load_model
+from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.engine.runner import Runner
 from kvbaton.engine.token_feed import TokenFeed
 from kvbaton.kernels import reference
 from kvbaton.kernels.draw import TorchDraw
 from support.engine_driver import EngineDriver, output
 from support.oracle import TinyModels, prompts
+from support.worker_bench import WorkerBench
 
 CPU = torch.device("cpu")
 TOKENS = 12
@@ -149,6 +160,48 @@ def test_tokens_equal_transformers_through_changing_batches(
     rig.driver.decode(TOKENS, *seqs)
     for seq in seqs:
         assert output(seq)[:TOKENS] == oracle_tokens(folder, list(seq.request.prompt), TOKENS)
+
+
+def test_overlapping_steps_equal_transformers(
+    rig: GraphRig, tiny_model: TinyModels, oracle_tokens: OracleTokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replays read token ids that the draw before left on the device, while rows join and end."""
+    engine, folder = rig.driver.engine, tiny_model("llama")
+    engine.pipelined = True
+    filled: list[int] = []
+
+    def fill_tokens(kernels: TorchDraw, token_ids: torch.Tensor, drawn: torch.Tensor) -> None:
+        filled.append(int((token_ids < 0).sum()))
+        original(kernels, token_ids, drawn)
+
+    original = TorchDraw.fill_tokens
+    monkeypatch.setattr(TorchDraw, "fill_tokens", fill_tokens)
+    bench = WorkerBench(engine, BatchConfig(max_tokens_per_step=128, prefill_chunk_tokens=32))
+    for i, length in enumerate((TOKENS, 5, 9, TOKENS, 3)):
+        sampling = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
+        bench.submit(Request(f"r{i}", tuple(prompts()[i]), sampling))
+        bench.step()
+    bench.run()
+    for i, length in enumerate((TOKENS, 5, 9, TOKENS, 3)):
+        assert bench.tokens(f"r{i}") == oracle_tokens(folder, prompts()[i], length)
+    assert rig.capture.replayed > 8
+    assert sum(filled) > 20
+    bench.assert_clean()
+
+
+def test_staging_buffers_take_turns() -> None:
+    """The copy of the last step may not have run when the next one is packed."""
+    staging, target = Staging(4, CPU), torch.zeros(8, dtype=torch.int32)
+    first = staging.next(4)
+    first[:] = 7
+    staging.send(4, target)
+    second = staging.next(3)
+    second[:] = 9
+    assert first.tolist() == [7] * 4
+    staging.send(3, target[4:])
+    assert target.tolist() == [7, 7, 7, 7, 9, 9, 9, 0]
+    assert staging.next(2).tolist() == [0, 0]
+    assert second.tolist() == [9] * 3
 
 
 def test_padding_touches_no_live_block(rig: GraphRig) -> None:
