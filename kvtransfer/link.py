@@ -50,6 +50,10 @@ class HandoffLink(Protocol):
         """Asks the connection itself, now: False once the peer has hung up."""
         ...
 
+    def drains(self) -> None:
+        """A hand-off waits for the peer to end its operations: asks for a sign of life, which comes at once."""
+        ...
+
     def forget(self, handle: Handle) -> None:
         """The hand-off is RELEASED."""
         ...

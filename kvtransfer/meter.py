@@ -15,6 +15,13 @@ class LinkMeter:
         self.latency_s: float | None = None
         self._busy_since: float | None = None
         self._sample_bytes = 0
+        self._slow = False
+
+    def becomes_slow(self, floor_bytes_s: float) -> bool:
+        """True when the bandwidth has fallen below the floor since this was asked last."""
+        slow = self.bandwidth_bytes_s is not None and self.bandwidth_bytes_s < floor_bytes_s
+        slow, self._slow = slow and not self._slow, slow
+        return slow
 
     def on_round_trip(self, seconds: float) -> None:
         half = max(0.0, seconds) / 2

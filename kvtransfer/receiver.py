@@ -186,6 +186,8 @@ class ReceiveHandoff:
         self.draining_since = now
         if not self._receives:
             self._land_or_release()
+        else:
+            self._link.drains()
 
     def _require_landing(self, what: str) -> None:
         if self.state is not ReceiverState.LANDING:

@@ -181,6 +181,8 @@ class SendHandoff:
         self.draining_since = now
         if self._grant is not None:
             self._queue(self.offer.num_blocks)
+        if self._outstanding:
+            self._link.drains()
         self._release_if_drained()
 
     def _release_if_drained(self) -> None:

@@ -67,7 +67,6 @@ class Session:
         self._heard = now
         self._frames = FrameNumbers(owner.generation, owner.settings.max_payload_bytes)
         self._renew_at = now
-        self._slow = False
         self._backlog: list[Message] = []
         self._window = SendWindow(channel, owner.block_bytes, owner.settings.send_window, self.meter, owner.sums)
         self._landing: dict[Handle, ReceiveHandoff] = {}
@@ -126,10 +125,12 @@ class Session:
             receiver.on_tick(now, settings.stall_s)
         if now >= self._renew_at:
             self._renew()
-        handoffs = self._handoffs()
-        if any(not h.live and now - h.draining_since >= settings.drain_s for h in handoffs):
+        draining = [h.draining_since for h in self._handoffs() if not h.live]
+        if any(now - since >= settings.drain_s for since in draining):
             self.close(f"peer has not finished its operations within {settings.drain_s} s")
-        elif handoffs and now - self._heard >= settings.lease_s:
+        elif any(now - since >= settings.answer_s and since > self._heard for since in draining):
+            self.close(f"peer has not answered within {settings.answer_s} s")
+        elif self.has_handoffs and now - self._heard >= settings.lease_s:
             self.close(f"peer has been silent for {settings.lease_s} s")
 
     def close(self, reason: str) -> None:
@@ -204,6 +205,9 @@ class Session:
 
     def alive(self) -> bool:
         return self.channel.probe() is None
+
+    def drains(self) -> None:
+        self._send_renew(())
 
     def forget(self, handle: Handle) -> None:
         self._crossed.note(self.senders.pop(handle, None))
@@ -329,12 +333,10 @@ class Session:
         self.send(RenewMessage(max(0, int(self._now * 1e6)), False, tuple(handles)))
 
     def _warn_if_slow(self) -> None:
-        floor, measured = self._owner.settings.bandwidth_floor_bytes_s, self.meter.bandwidth_bytes_s
-        slow = measured is not None and measured < floor
-        if slow and not self._slow:
-            over = self.channel.describe()
+        floor = self._owner.settings.bandwidth_floor_bytes_s
+        if self.meter.becomes_slow(floor):
+            measured, over = self.meter.bandwidth_bytes_s, self.channel.describe()
             log.warning("slow link to %s: %.3g B/s over %s, floor %.3g", self.peer, measured, over, floor)
-        self._slow = slow
 
     # blocks
 

@@ -30,7 +30,8 @@ class TransferSettings:
 
     `lease_s`: prefill's hold on a hand-off of which decode says nothing, and the silence after which a session with
     open hand-offs counts as dead. `drain_s`: how long a cancelled hand-off may wait for the peer to finish its
-    operations before the session is closed to make them end. `stall_s`: announced blocks of which none arrives for so
+    operations before the session is closed to make them end; `answer_s`: how long, where the peer says nothing at all
+    meanwhile, though it was asked. `stall_s`: announced blocks of which none arrives for so
     long fail their hand-off. `bandwidth_floor_bytes_s`: a slower pair is logged as a warning; 0 is off.
     `max_strangers`: connections that may be in their handshake at a time. `checksum`: one of CHECKSUMS, of each block,
     the same at both engines; blocks in host memory only (see checksum.py).
@@ -39,6 +40,7 @@ class TransferSettings:
     lease_s: float = 10.0
     connect_s: float = 5.0
     drain_s: float = 2.0
+    answer_s: float = 1.0
     stall_s: float = 30.0
     send_window: int = 32
     max_handoffs_per_session: int = 4096
@@ -53,6 +55,7 @@ class TransferSettings:
             "lease_s",
             "connect_s",
             "drain_s",
+            "answer_s",
             "stall_s",
             "send_window",
             "max_handoffs_per_session",

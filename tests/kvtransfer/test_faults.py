@@ -75,7 +75,9 @@ def test_a_dropped_block_never_lands_and_its_source_stays_quarantined_until_the_
     assert (ends(prefill), ends(decode)) == ([], [Failed])
     assert prefill.agent.stats().quarantined_blocks == 4
     assert decode.agent.stats().quarantined_blocks == 4
-    rig.advance(6.0)
+    rig.advance(1.75)
+    assert (ends(prefill), ends(decode)) == ([], []), "both live and answer: their operations have drain_s"
+    rig.advance(0.5)
     assert (ends(prefill), ends(decode)) == ([Released], [Released])
     rig.assert_nothing_held()
 

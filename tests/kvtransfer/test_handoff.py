@@ -224,15 +224,17 @@ def test_a_landing_block_stays_quarantined_until_the_sender_has_answered() -> No
     rig.assert_nothing_held()
 
 
-def test_a_peer_that_never_answers_a_cancel_costs_the_session_after_drain_s() -> None:
-    options = EngineOptions(settings=TransferSettings(lease_s=60.0, drain_s=5.0))
+def test_a_frozen_peer_that_is_told_of_a_cancel_costs_the_session_after_answer_s() -> None:
+    """Guards landing blocks that wait for a peer of which everybody else knows that it is gone."""
+    options = EngineOptions(settings=TransferSettings(lease_s=30.0, drain_s=5.0, answer_s=1.0))
     rig, prefill, decode = pair(options)
     run_to("granted", rig, prefill, decode)
     rig.engines.remove(prefill)  # frozen
+    rig.advance(3.0)
     decode.agent.cancel(key(), "client left")
-    rig.advance(4.0)
+    rig.advance(0.5)
     assert decode.take() == []
-    rig.advance(2.0)
+    rig.advance(1.25)
     assert decode.take() == [Released(key(), acked=False)]
     rig.engines.append(prefill)  # thawed
     rig.settle()

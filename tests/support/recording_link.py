@@ -30,6 +30,7 @@ class RecordingLink:
         self.forgotten: list[Handle] = []
         self.connected = True
         self.num_received = 0
+        self.num_drains = 0
         self.sums: BlockSums | None = None
 
     def send(self, message: Message) -> None:
@@ -54,6 +55,9 @@ class RecordingLink:
 
     def alive(self) -> bool:
         return self.connected
+
+    def drains(self) -> None:
+        self.num_drains += 1
 
     def forget(self, handle: Handle) -> None:
         self.forgotten.append(handle)
