@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from kvbaton import __version__
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,15 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 failed, 2 used wrongly."""
+    """Exit status: 0 done, 1 failed, 2 used wrongly, 130 when Ctrl-C came where the subcommand does not expect it."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser("kvbaton", _COMMANDS)
     parser.add_argument("--version", action="version", version=f"kvbaton {__version__}")
-    return _dispatch(parser, _COMMANDS, arguments)
+    try:
+        return _dispatch(parser, _COMMANDS, arguments)
+    except KeyboardInterrupt:  # while the subcommand is still being imported, for one
+        sys.stderr.write("interrupted\n")
+        return EXIT_INTERRUPTED
 
 
 def _parser(program: str, commands: Sequence[Command]) -> argparse.ArgumentParser:

@@ -51,18 +51,18 @@ class Cluster:
         return [engine.info for engine in self.view.engines if engine.info is not None]
 
 
-def serve(config: ClusterConfig, screen: Screen) -> int:
+def serve(config: ClusterConfig, screen: Screen, signals: StopSignals) -> int:
     """Run a cluster until Ctrl-C. Returns the exit status: 0 after Ctrl-C, 1 when a part failed to start."""
-    run_dir = ray_cluster.make_run_dir()
     marker = secrets.token_hex(16)
-    with StopSignals() as signals, Reaper(marker, run_dir), ExitStack() as stack:
+    with _run_dir(marker) as run_dir, ExitStack() as stack:
         os.environ[MARKER_VARIABLE] = marker
         stack.enter_context(_library_output(run_dir, config.ray.log_level))
         try:
-            launch = _start_base(config, run_dir, screen, stack)
             signals.catch()
-            cluster = _start_engines(launch, screen, stack)
-            _start_endpoint(launch, cluster, screen, stack)
+            launch = _start_base(config, run_dir, screen, stack, signals)
+            cluster = _start_engines(launch, screen, stack, signals)
+            _start_endpoint(launch, cluster, screen, stack, signals)
+            signals.catch()
             _watch(cluster, screen)
         except KeyboardInterrupt:
             screen.line("stopping ...")
@@ -76,7 +76,15 @@ def serve(config: ClusterConfig, screen: Screen) -> int:
     return 0
 
 
-def _start_base(config: ClusterConfig, run_dir: Path, screen: Screen, stack: ExitStack) -> Launch:
+@contextmanager
+def _run_dir(marker: str) -> Iterator[Path]:
+    """The folder of this launch, with a reaper that removes it."""
+    folder = ray_cluster.make_run_dir()
+    with Reaper(marker, folder):
+        yield folder
+
+
+def _start_base(config: ClusterConfig, run_dir: Path, screen: Screen, stack: ExitStack, signals: StopSignals) -> Launch:
     """Checks, the shared state and Ray."""
     config = _with_port(config)
     with screen.step("checks", "model, port, devices") as step:
@@ -89,7 +97,8 @@ def _start_base(config: ClusterConfig, run_dir: Path, screen: Screen, stack: Exi
     with screen.step("state", "starting") as step:
         store_url, step.result = _open_store(config, run_dir, stack)
     with screen.step("ray", "starting") as step:
-        _open_ray(config, preflight, run_dir, stack)
+        _open_ray(config, preflight, run_dir, stack, signals)
+        signals.catch()
         step.result = config.ray.address or f"private cluster, its logs in {run_dir}"
     secret = (config.security.cluster_secret or secrets.token_hex(32)).encode()
     return Launch(config, preflight, run_dir, StoreAddress(store_url, config.store.prefix), secret)
@@ -111,22 +120,26 @@ def _open_store(config: ClusterConfig, run_dir: Path, stack: ExitStack) -> tuple
     return server.start(), f"embedded Valkey on 127.0.0.1:{server.port}"
 
 
-def _open_ray(config: ClusterConfig, preflight: Preflight, run_dir: Path, stack: ExitStack) -> None:
+def _open_ray(
+    config: ClusterConfig, preflight: Preflight, run_dir: Path, stack: ExitStack, signals: StopSignals
+) -> None:
+    if config.ray.address is None:
+        os.environ.update(ray_cluster.private_environment(run_dir, config.http))
+    with signals.kept():
+        import ray
     if config.ray.address is not None:
         ray_cluster.join(config.ray)
     else:
-        os.environ.update(ray_cluster.private_environment(run_dir, config.http))
         tickets = max(count_cores(), 2 * config.pools.total + config.http.replicas) + _SPARE_CPUS
         ray_cluster.start_private(run_dir, config.ray, ray_cluster.RayResources(tickets, preflight.num_gpus))
-    import ray
-
     stack.callback(_quietly, ray.shutdown)
 
 
-def _start_engines(launch: Launch, screen: Screen, stack: ExitStack) -> Cluster:
+def _start_engines(launch: Launch, screen: Screen, stack: ExitStack, signals: StopSignals) -> Cluster:
     """The manager, and the engines once every one is up."""
-    from kvbaton.cluster.engine_settings import manager_settings
-    from kvbaton.cluster.manager_client import ManagerClient
+    with signals.kept():
+        from kvbaton.cluster.engine_settings import manager_settings
+        from kvbaton.cluster.manager_client import ManagerClient
 
     with screen.step("engines", "starting") as step:
         manager = ManagerClient.start(manager_settings(launch), launch.config.pools)
@@ -149,9 +162,10 @@ def _settled(views: Iterator[PoolView], step: Step) -> PoolView:
     raise LaunchFailed("the manager ended before the engines were up")
 
 
-def _start_endpoint(launch: Launch, cluster: Cluster, screen: Screen, stack: ExitStack) -> None:
-    from kvbaton.cluster.first_request import links_of, send_first_request
-    from kvbaton.cluster.serve_app import ServeApp
+def _start_endpoint(launch: Launch, cluster: Cluster, screen: Screen, stack: ExitStack, signals: StopSignals) -> None:
+    with signals.kept():
+        from kvbaton.cluster.first_request import links_of, send_first_request
+        from kvbaton.cluster.serve_app import ServeApp
 
     app = ServeApp(launch)
     with screen.step("endpoint", "starting") as step:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kvbaton.cluster.config_file import Override, load_config
 from kvbaton.cluster.screen import Screen
+from kvbaton.cluster.stop_signals import StopSignals
 from kvbaton.engine.config import ConfigError
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -78,10 +79,11 @@ def main(arguments: Sequence[str]) -> int:
         screen.error(str(error))
         return EXIT_USAGE
     logging.basicConfig(level=config.ray.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    from kvbaton.cluster.launch import serve
+    with StopSignals() as signals:
+        from kvbaton.cluster.launch import serve
 
-    try:
-        return serve(config, screen)
-    except ConfigError as error:
-        screen.error(str(error))
-        return EXIT_FAILED
+        try:
+            return serve(config, screen, signals)
+        except ConfigError as error:
+            screen.error(str(error))
+            return EXIT_FAILED

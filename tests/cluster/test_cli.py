@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,16 @@ def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture
     output = capsys.readouterr().out
     for name in ("serve", "bench", "make-model", "env"):
         assert f"  {name} " in output
+
+
+def test_ctrl_c_during_the_imports_of_a_command_ends_with_one_line(tmp_path: Path) -> None:
+    """Guards against a page of traceback when the user changes their mind in the first second."""
+    (tmp_path / "rich").mkdir()
+    (tmp_path / "rich" / "__init__.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)\n")
+    command = ["-c", "import sys; from kvbaton.cluster import cli; sys.exit(cli.main(['serve']))"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
 
 
 def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
