@@ -18,6 +18,7 @@ from kvbaton.engine.config import ConfigError
 from kvbaton.engine.hf_config import load_model_config
 from kvbaton.engine.model_config import ModelConfig
 from kvbaton.engine.tokenizer import check_tokenizer
+from kvbaton.engine.weight_files import check_weight_files
 from kvbaton.kvtransfer.settings import CHECKSUM_OFF
 
 
@@ -51,7 +52,7 @@ def check_launch(config: ClusterConfig) -> Preflight:
 
 
 def check_model(settings: ModelSettings) -> ModelConfig:
-    """Raise `ConfigError` for what is wrong with the model's small files, before anything waits for the large ones."""
+    """Raise `ConfigError` for what is wrong with the model's files, as far as small reads tell."""
     if settings.path == ModelSettings().path and not settings.path.exists():
         raise ConfigError(
             f"no model is named, and {settings.path} does not exist: --model FOLDER, or make a tiny one first: "
@@ -59,6 +60,7 @@ def check_model(settings: ModelSettings) -> ModelConfig:
         )
     model = load_model_config(settings.path)
     check_tokenizer(settings.path)
+    check_weight_files(settings.path)
     wanted, trained = settings.max_model_len, model.max_position_embeddings
     if wanted is not None and wanted > trained:
         raise ConfigError(f"--max-model-len {wanted} exceeds the model's max_position_embeddings, {trained}")

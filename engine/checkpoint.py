@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from kvbaton.engine.config import ConfigError
 from kvbaton.engine.hf_config import DTYPES
 from kvbaton.engine.json_fields import JsonFields
 from kvbaton.engine.model_config import ModelConfig
+from kvbaton.engine.weight_files import SINGLE_FILE, open_weights, weight_files
 from kvbaton.engine.weights import DecoderWeights, ExpertNaming, Slot, empty_weights, slots
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SAMPLE_BYTES = 512
 _NAMES_SHOWN = 5
@@ -53,7 +49,7 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
         """Read the headers of every safetensors file; raises `ConfigError` naming a missing or damaged one."""
-        tensors = [tensor for path in _files(folder) for tensor in _read_header(path)]
+        tensors = [tensor for path in weight_files(folder) for tensor in _read_header(path)]
         tensors.sort(key=lambda tensor: tensor.name)
         for one, other in pairwise(tensors):
             if one.name == other.name:
@@ -104,34 +100,9 @@ def load_weights(
     return weights
 
 
-def _files(folder: Path) -> list[Path]:
-    """The single file where there is one, as transformers chooses."""
-    if (folder / SINGLE_FILE).exists():
-        return [folder / SINGLE_FILE]
-    if (folder / INDEX_FILE).exists():
-        return _sharded_files(folder)
-    if any(folder.glob("*.bin")):
-        raise ConfigError(f"{folder} holds pickled weights (*.bin), which are not supported; supported: safetensors")
-    raise ConfigError(f"{folder / SINGLE_FILE} is missing, and so is {INDEX_FILE}")
-
-
-def _sharded_files(folder: Path) -> list[Path]:
-    index = JsonFields.read(folder / INDEX_FILE)
-    weight_map = index.section("weight_map")
-    if weight_map is None:
-        raise index.error("weight_map is missing")
-    names = {weight_map.string(name) for name in weight_map.names()}
-    for name in names:
-        if Path(name).name != name:
-            raise index.error(f"weight_map names {name!r}, which is not a file of this folder")
-        if not (folder / name).exists():
-            raise ConfigError(f"{folder / name} is missing; {INDEX_FILE} names it")
-    return [folder / name for name in sorted(names)]
-
-
 def _read_header(path: Path) -> Iterator[StoredTensor]:
     """The 8-byte length and JSON header of a safetensors file, checked by the library first."""
-    with _open(path):
+    with open_weights(path):
         pass
     with path.open("rb") as handle:
         header_bytes = int.from_bytes(handle.read(8), "little")
@@ -143,16 +114,6 @@ def _read_header(path: Path) -> Iterator[StoredTensor]:
         begin, end = entry.integers("data_offsets")
         shape = entry.integers("shape")
         yield StoredTensor(name, path, entry.string("dtype"), shape, 8 + header_bytes + begin, end - begin)
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    try:
-        handle = safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path} is not a readable safetensors file: {error}") from error
-    with handle as opened:
-        yield opened
 
 
 def _expert_naming(checkpoint: Checkpoint) -> ExpertNaming:
@@ -189,7 +150,7 @@ def _check_tensor(tensor: StoredTensor, slot: Slot) -> None:
 
 
 def _copy_file(path: Path, targets: list[Slot]) -> None:
-    with _open(path) as handle:
+    with open_weights(path) as handle:
         for slot in targets:
             slot.target.copy_(handle.get_tensor(slot.name))
 

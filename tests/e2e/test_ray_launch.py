@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from kvbaton.cluster.preflight import check_redis
 from kvbaton.cluster.valkey import EmbeddedValkey
@@ -59,20 +60,41 @@ def test_a_redis_that_is_down(tiny_model: TinyModel) -> None:
     assert "Traceback" not in output
 
 
+def copy_of(model: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("keep_bytes", [None, 18, 20_000], ids=["missing", "no-header", "cut-short"])
+def test_weights_that_are_not_whole(tiny_model: TinyModel, tmp_path: Path, keep_bytes: int | None) -> None:
+    """Guards against half a minute of start-up for a download that was broken off."""
+    folder = copy_of(tiny_model("llama"), tmp_path / "damaged")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    if keep_bytes is not None:
+        (folder / "model.safetensors").write_bytes(weights[:keep_bytes])
+    status, output = refusal("--model", str(folder), "--port", "0", "--device", "cpu")
+    assert status == 1
+    assert f"error: {folder / 'model.safetensors'} is " in output
+    assert "state " not in output
+    assert "Traceback" not in output
+
+
 @pytest.mark.ray
 def test_damaged_weights_end_the_launch_with_the_reason(tiny_model: TinyModel, tmp_path: Path) -> None:
     """Guards against a launcher that waits for ever, or leaves Ray behind, when an engine cannot load."""
-    folder = tmp_path / "damaged"
-    folder.mkdir()
-    for path in tiny_model("llama").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    (folder / "model.safetensors").write_bytes(b"not weights at all")
+    folder = copy_of(tiny_model("llama"), tmp_path / "damaged")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors")
     launcher = Launcher(folder, "--prefill", "0", "--decode", "0", "--hybrid", "1")
     try:
         line = launcher.wait_line("did not start")
         family = launcher.family()
         assert "error: engine-0 (hybrid) did not start" in line
-        assert "model.safetensors" in line
+        assert "lacks tensor model.norm.weight" in line
         assert launcher.process.wait(60) == 1
         assert survivors(family, 5.0) == []
     finally:
