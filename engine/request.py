@@ -76,7 +76,7 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise InvalidRequest(f"{name} must be in [{low:g}, {high:g}], got {value}", name)
-        if self.top_p <= 0.0:
+        if not 0.0 < self.top_p <= 1.0:
             raise InvalidRequest(f"top_p must be in (0, 1], got {self.top_p}", "top_p")
         if self.repetition_penalty <= 0.0:
             raise InvalidRequest("repetition_penalty must be above 0", "repetition_penalty")
@@ -87,7 +87,6 @@ class SamplingParams:
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("temperature", 0.0, 2.0),
     ("top_k", 0, 1 << 31),
-    ("top_p", 0.0, 1.0),
     ("min_p", 0.0, 1.0),
     ("presence_penalty", -2.0, 2.0),
     ("frequency_penalty", -2.0, 2.0),
