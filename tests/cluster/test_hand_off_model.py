@@ -1,140 +1,276 @@
-"""Random interleavings of everything that can happen to requests, hand-offs and engines, on a hand-moved clock.
+"""Random interleavings of everything that can happen to requests, hand-offs, moves and engines, on a hand-moved clock.
 
-The network delays, drops, doubles and truncates messages of one engine while those of others pass; an ingress may be
-heard late. After each step no transfer may touch a block that its hand-off does not own. After each run: every request
-ended exactly once with the tokens of the fault-free run, no block is held anywhere, and no hand-off is open on either
-side.
+The real client and router over real workers and transfer agents. The network delays, drops, doubles and truncates
+messages of one engine while those of others pass; an ingress may be heard late; engines die, come back, or speak with
+the voice of an earlier incarnation; sequences move while they decode. After each step every block of every engine has
+one owner that its books know, and no transfer may touch a block that its hand-off does not own. After each run every
+request ended exactly once with the tokens of the fault-free run, and nothing is held, booked or open on any side.
+
+Small pools, so that sequences are preempted, moves are refused, and engines that prefill and decode at once wait for
+each other.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import Coroutine
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
+from kvbaton.cluster.client_moves import MoveRefused
+from kvbaton.cluster.session_client import SessionLost
 from kvbaton.kvtransfer.faults import Fault
-from support.net_weather import read, written
+from kvbaton.router.engine_info import EngineState, Role
+from support.net_weather import old_words, read, written
 from support.toy_cluster import ToyCluster
+from support.toy_engine import PipelinedToyEngine, ToyEngine
+from support.toy_service import ToyService
 
-NAMES = ("p0", "p1", "d0", "d1")
+ROLES = {"p0": Role.PREFILL, "d0": Role.DECODE, "d1": Role.DECODE, "h0": Role.HYBRID}
+NAMES = tuple(ROLES)
+names = st.sampled_from(NAMES)
+times = st.integers(1, 8)
+# No truncated blocks: a reliable transport delivers whole messages; a checksum is what would notice.
+strikes = st.sampled_from(
+    [
+        ("control", Fault.DROP),
+        ("control", Fault.DUPLICATE),
+        ("control", Fault.TRUNCATE),
+        ("done", Fault.DUPLICATE),
+        ("done", Fault.DUPLICATE),
+        ("done", Fault.DROP),
+        ("block", Fault.DROP),
+        ("block", Fault.DUPLICATE),
+        ("block", Fault.FAIL),
+        ("landing", Fault.FAIL),
+    ]
+)
 
 
 class HandOffMachine(RuleBasedStateMachine):
-    """Two prefill and two decode engines; any of them may also serve locally."""
+    """One prefill engine, two decode engines, and one that does both; each may do anything for any request."""
+
+    engine = ToyEngine
 
     def __init__(self) -> None:
         super().__init__()
-        self.cluster = ToyCluster()
-        for name in NAMES:
-            self.cluster.start(name)
+        self.loop = asyncio.new_event_loop()
         self.count = 0
+        self.service = ToyService(28, engine=self.engine)
+        self.now(self._start_all())
 
-    def alive(self, prefix: str) -> list[str]:
-        return [name for name in NAMES if name.startswith(prefix) and self.cluster.nodes[name].alive]
+    async def _start_all(self) -> None:
+        for name, role in ROLES.items():
+            self.service.start(name, role)
+
+    def now(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return self.loop.run_until_complete(coroutine)
+
+    def alive(self, name: str) -> bool:
+        return self.service.nodes[name].alive
+
+    def name(self, which: int) -> str:
+        """One of the youngest requests."""
+        return f"r{max(0, self.count - 1 - which)}"
+
+    # ---- requests ---------------------------------------------------------------------------------------------
+
+    @initialize(
+        lengths=st.lists(st.integers(1, 60), min_size=2, max_size=5),
+        slow=st.none() | names,
+        fault=st.one_of(strikes, strikes, strikes, st.none()),
+        rounds=st.integers(0, 12),
+    )
+    def begin(self, lengths: list[int], slow: str | None, fault: tuple[str, Fault] | None, rounds: int) -> None:
+        """There is work for everything else to happen to."""
+        if fault is not None:
+            for node in self.service.nodes.values():
+                node.weather.strike(*fault)
+        for length in lengths:
+            self.submit(length, 40, 1, slow, 0)
+        self.run_all(rounds)
 
     @rule(
-        length=st.integers(1, 60),
-        max_tokens=st.integers(1, 20),
+        length=st.integers(1, 60) | st.sampled_from([4, 8, 24, 40]),
+        max_tokens=st.integers(1, 40),
         n=st.sampled_from([1, 1, 1, 3]),
-        choice=st.integers(0, 7),
-        slow_link=st.sampled_from([True, False]),
+        slow=st.none() | names,
         rounds=st.sampled_from([8, 6, 3, 0]),
     )
-    def submit(self, length: int, max_tokens: int, n: int, choice: int, slow_link: bool, rounds: int) -> None:
-        prefill, decode = self.alive("p"), self.alive("d")
-        if not prefill + decode:
-            return
+    def submit(self, length: int, max_tokens: int, n: int, slow: str | None, rounds: int) -> None:
+        """Prompts of five beginnings, so that caches have some of them, or all."""
+        if not any(info.state is EngineState.READY for info in self.service.router.engines):
+            return  # it would be refused
+        if slow is not None:
+            self.service.nodes[slow].weather.delay("block")
         prompt = tuple((self.count % 5 * 13 + i * 7) % 997 for i in range(length))
-        if prefill and decode and choice < 6:
-            legs: tuple[str, ...] = (prefill[choice % len(prefill)], decode[choice // 2 % len(decode)])
-        else:
-            legs = ((prefill + decode)[choice % len(prefill + decode)],)
-        if slow_link:
-            self.cluster.nodes[legs[0]].weather.delay("block")
-        self.cluster.submit(f"r{self.count}", prompt, max_tokens, legs, n)
+        self.now(self.service.submit(f"r{self.count}", prompt, max_tokens, n))
         self.count += 1
         self.run_all(rounds)
 
-    @rule(name=st.sampled_from(NAMES), times=st.integers(1, 4))
-    def step(self, name: str, times: int) -> None:
-        for _ in range(times):
-            self.cluster.step(name)
-
-    @rule(name=st.sampled_from(NAMES))
-    def poll(self, name: str) -> None:
-        self.cluster.nodes[name].poll()
-
-    @rule(times=st.integers(1, 6))
-    def run_all(self, times: int) -> None:
-        run(self.cluster, times)
-
     @precondition(lambda self: self.count)
-    @rule(which=st.integers(0, 5), late_leg=st.sampled_from([1, 0, None]), rounds=st.sampled_from([3, 0]))
-    def abort(self, which: int, late_leg: int | None, rounds: int) -> None:
-        """One of the youngest requests; one engine may hear of it from its peer before the ingress tells it."""
-        stream = self.cluster.streams[f"r{max(0, self.count - 1 - which)}"]
+    @rule(which=st.integers(0, 5), late=st.sampled_from([None, "first", "second"]), rounds=st.sampled_from([3, 0]))
+    def leave(self, which: int, late: str | None, rounds: int) -> None:
+        """One engine may hear of it from its peer before the ingress tells it."""
+        stream = self.service.streams[self.name(which)]
         if stream.over:
             return
-        if late_leg is not None and late_leg < len(stream.legs):
-            self.cluster.nodes[stream.legs[late_leg]].weather.delay("session")
-        self.cluster.abort(stream)
+        for attempt in self.service.client._flights[stream.request.request_id].attempts if late else ():
+            self.service.nodes[getattr(attempt, str(late)).info.engine_id].weather.delay("session")
+        stream.cancel()
+        self.now(self.service.breathe())
         self.run_all(rounds)
+
+    @precondition(lambda self: self.count)
+    @rule(which=st.integers(0, 5), sample=st.integers(0, 2))
+    def finish_sample(self, which: int, sample: int) -> None:
+        stream = self.service.streams[self.name(which)]
+        if not stream.over and sample in stream.tokens and len(stream.tokens) > 1:
+            self.now(self._finish_sample(stream.request.request_id, sample))
+            stream.cut.add(sample)
+
+    async def _finish_sample(self, name: str, sample: int) -> None:
+        self.service.client.finish_sample(name, sample)
+
+    @precondition(lambda self: self.decoding())
+    @rule(which=st.integers(0, 5), to=names, rounds=st.integers(0, 5))
+    def migrate(self, which: int, to: str, rounds: int) -> None:
+        """A sample that decodes is to go on elsewhere; what comes meanwhile is the other rules' business."""
+        found = self.decoding()
+        name, sample = found[which % len(found)]
+        self.now(self._migrate(name, sample, to))
+        self.run_all(rounds)
+
+    def decoding(self) -> list[tuple[str, int]]:
+        flights = self.service.client._flights.items()
+        return [(name, i) for name, flight in flights for i in flight.samples if self.service.where(name, i)]
+
+    async def _migrate(self, name: str, sample: int, to: str) -> None:
+        view = self.service.router.view(to)
+        if view is not None:
+            with contextlib.suppress(MoveRefused, SessionLost):
+                self.service.client.moves.start(self.service.client._flights[name], sample, view.info)
+
+    # ---- time goes on -----------------------------------------------------------------------------------------
+
+    @rule(times=times)
+    def run_all(self, times: int) -> None:
+        self.now(self.service.run(times))
+
+    @rule(name=names, times=times, what=st.sampled_from(["step", "poll", "deliver"]))
+    def run_one(self, name: str, times: int, what: str) -> None:
+        """One engine's thread, its agent, or its line to the ingress gets ahead of everybody else."""
+        for _ in range(times):
+            if what == "step":
+                self.service.step(name)
+            elif what == "poll":
+                self.service.nodes[name].poll()
+            else:
+                self.now(self.service.deliver(name))
 
     @rule(seconds=st.sampled_from([0.01, 1.0, 4.0, 12.0]))
     def time_passes(self, seconds: float) -> None:
-        self.cluster.clock.now += seconds
+        """The longest is more than a lease."""
+        self.service.clock.now += seconds
 
-    @rule(name=st.sampled_from(NAMES))
-    def kill(self, name: str) -> None:
-        if self.cluster.nodes[name].alive and len(self.alive("")) > 1:
-            self.cluster.kill(name)
+    # ---- faults -----------------------------------------------------------------------------------------------
 
-    @rule(name=st.sampled_from(NAMES))
-    def restart(self, name: str) -> None:
-        if not self.cluster.nodes[name].alive:
-            self.cluster.start(name)
+    @rule(name=names, what=st.sampled_from(["kill", "restart", "reconnect", "drain", "take in"]))
+    def change(self, name: str, what: str) -> None:
+        if self.alive(name) == (what == "restart"):
+            return
+        self.now(self._change(name, what))
 
-    @rule(name=st.sampled_from(NAMES), which=st.integers(0, 5))
-    def cut(self, name: str, which: int) -> None:
-        self.cluster.nodes[name].cut(which)
+    async def _change(self, name: str, what: str) -> None:
+        service = self.service
+        if what == "kill" and sum(map(self.alive, NAMES)) > 1:
+            service.kill(name)
+        elif what == "restart":
+            service.start(name, ROLES[name])
+        elif what == "reconnect":
+            service.reconnect(name)
+        elif what != "kill":
+            service.set_state(name, EngineState.DRAINING if what == "drain" else EngineState.READY)
+        await service.breathe()
 
-    @rule(name=st.sampled_from(NAMES), what=st.sampled_from(["block", "control", "session"]))
-    def delay(self, name: str, what: str) -> None:
-        self.cluster.nodes[name].weather.delay(what)
+    @rule(name=names, what=st.sampled_from(["block", "control", "session", "release", "release"]))
+    def hold_back(self, name: str, what: str) -> None:
+        """From here on messages of a kind wait; or the weather clears."""
+        if what == "release":
+            self.service.nodes[name].release()
+        else:
+            self.service.nodes[name].weather.delay(what)
 
-    @rule(name=st.sampled_from(NAMES))
-    def release(self, name: str) -> None:
-        self.cluster.nodes[name].release()
+    @rule(name=names, what=strikes)
+    def strike(self, name: str, what: tuple[str, Fault]) -> None:
+        """The next message of a kind that leaves this engine meets a fault, or the next landing that is posted here."""
+        self.service.nodes[name].weather.strike(*what)
 
-    @rule(name=st.sampled_from(NAMES), fault=st.sampled_from([Fault.DROP, Fault.DUPLICATE, Fault.TRUNCATE]))
-    def break_a_frame(self, name: str, fault: Fault) -> None:
-        self.cluster.nodes[name].weather.strike("control", fault)
+    @rule(name=names, which=st.none() | st.integers(0, 5))
+    def disturb(self, name: str, which: int | None) -> None:
+        """A connection breaks; or the words of an earlier incarnation of each peer come in the place of what is due."""
+        node = self.service.nodes[name]
+        if which is not None:
+            node.cut(which)
+        elif node.alive:
+            old_words(node.agent)
+            node.poll()
 
-    @rule(name=st.sampled_from(NAMES), fault=st.sampled_from([Fault.DROP, Fault.DUPLICATE]))
-    def break_a_block(self, name: str, fault: Fault) -> None:
-        """Not truncated: a reliable transport delivers whole messages; a checksum is what would notice."""
-        self.cluster.nodes[name].weather.strike("block", fault)
+    # ---- what must hold ---------------------------------------------------------------------------------------
 
     @invariant()
-    def no_transfer_touches_a_block_of_somebody_else(self) -> None:
-        self.cluster.audit()
+    def every_block_has_one_owner(self) -> None:
+        self.service.audit()
 
     def teardown(self) -> None:
-        self.cluster.settle()
-        self.cluster.assert_clean()
+        try:
+            self.now(self._end())
+        finally:
+            self.loop.close()
+
+    async def _end(self) -> None:
+        for name, node in self.service.nodes.items():
+            if node.alive:
+                self.service.set_state(name, EngineState.READY)
+        await self.service.settle()
+        self.service.assert_clean()
 
 
-HandOffMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+class PipelinedMachine(HandOffMachine):
+    """The same with steps that overlap."""
+
+    engine = PipelinedToyEngine
+
+
+QUICK = settings(max_examples=40, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
+for machine in (HandOffMachine, PipelinedMachine):
+    machine.TestCase.settings = QUICK
 TestHandOffs = HandOffMachine.TestCase
+TestPipelinedHandOffs = PipelinedMachine.TestCase
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("machine", [HandOffMachine, PipelinedMachine])
+def test_thousands_more(machine: type[HandOffMachine]) -> None:
+    run_state_machine_as_test(machine, settings=settings(QUICK, max_examples=2000))  # type: ignore[no-untyped-call]
 
 
 def test_pair_hands_over_exactly() -> None:
     """The plain path, so that a failure of the random test has a simple neighbour."""
     cluster = ToyCluster()
-    for name in NAMES:
+    for name in ("p0", "p1", "d0"):
         cluster.start(name)
     stream = cluster.submit("a", tuple(range(1, 30)), 12, ("p0", "d0"))
     many = cluster.submit("b", tuple(range(5, 40)), 9, ("p1", "d0"), n=3)

@@ -8,8 +8,23 @@ their hand-off.
 from __future__ import annotations
 
 from kvbaton.cluster.worker import Worker
+from kvbaton.engine.first_tokens import encode_first_tokens
+from kvbaton.kvtransfer.agent import TransferAgent
 from kvbaton.kvtransfer.faults import Fault, FaultyChannel, FaultyTransport
 from kvbaton.kvtransfer.loopback import LoopbackChannel
+from kvbaton.kvtransfer.states import ReceiverState, SenderState
+from kvbaton.kvtransfer.wire import (
+    AckMessage,
+    BlocksMessage,
+    DoneMessage,
+    Frame,
+    Message,
+    WireError,
+    decode,
+    encode,
+)
+
+WRONG_TOKEN = encode_first_tokens({0: 1})
 
 
 class Weather:
@@ -20,7 +35,8 @@ class Weather:
         self._delayed: set[str] = set()
 
     def strike(self, what: str, fault: Fault) -> None:
-        """The next "control" frame or "block" that leaves, or "landing" that is posted here, meets `fault`."""
+        """The next "control" frame, "done" frame or "block" that leaves, or "landing" that is posted here, meets
+        `fault`."""
         self._once[what] = fault
 
     def delay(self, what: str) -> None:
@@ -35,6 +51,8 @@ class Weather:
         self._delayed.clear()
 
     def on_control(self, data: bytes) -> Fault:
+        if "done" in self._once and _is_done(data):
+            return self._once.pop("done")
         return self._next("control")
 
     def on_block(self, tag: int) -> Fault:
@@ -74,6 +92,32 @@ def read(channel: FaultyChannel) -> list[int]:
     sent = [] if end._peer is None or end.closed else [block for _, block, _ in end._peer._arriving]
     held = [block for _, block, _ in channel._held_blocks]
     return [block for block in [*sent, *held] if block is not None]
+
+
+def old_words(agent: TransferAgent) -> None:
+    """An earlier incarnation of each peer ends every hand-off, in frames that are numbered as if they were next: BLOCKS
+    and DONE, with a token that is not the one of now, for what lands here; ACK for what was sent from here."""
+    for session in agent._roster.snapshot():
+        if session.peer is None or not isinstance(session.channel, FaultyChannel):
+            continue
+        messages: list[Message] = []
+        for receiver in [r for r in session.receivers.values() if r.state is ReceiverState.LANDING]:
+            first, end = receiver._announced, receiver.offer.num_blocks
+            if first < end:
+                messages.append(BlocksMessage(receiver.handle, first, end - first))
+            messages.append(DoneMessage(receiver.handle, len(receiver.landing.block_ids), WRONG_TOKEN))
+        sent = [s for s in session.senders.values() if s.state is SenderState.AWAITING_ACK]
+        messages += [AckMessage(sender.handle) for sender in sent]
+        for number, message in enumerate(messages, session._frames._received):
+            frame = Frame(number, session.peer.generation - 1, agent.address().generation, message)
+            _loopback(session.channel)._inbox.append(encode(frame))
+
+
+def _is_done(data: bytes) -> bool:
+    try:
+        return isinstance(decode(data, len(data)).message, DoneMessage)
+    except WireError:  # a frame of the handshake
+        return False
 
 
 def _loopback(channel: FaultyChannel) -> LoopbackChannel:

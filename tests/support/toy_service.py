@@ -21,6 +21,7 @@ from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
 from kvbaton.router.placement import RouterConfig
 from kvbaton.router.router import Router
+from support.net_weather import assert_only_owners_are_touched
 from support.toy_cluster import BLOCK_SIZE, SECRET, Clock, Node
 from support.toy_engine import ToyEngine, expected_tokens
 
@@ -195,6 +196,7 @@ class ToyService:
         while node.inbox:
             node.worker.handle(node.inbox.popleft(), self.clock())
         node.worker.step(self.clock())
+        assert_only_owners_are_touched(name, node.worker, node.transport)
         outputs = node.worker.take_outputs().get(session.session_id, [])
         notices = [notice for sid, notice in node.worker.outbox.take_notices() if sid == session.session_id]
         session.downlink.append((outputs, node.worker.load(0.01), notices))
