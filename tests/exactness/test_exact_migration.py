@@ -10,6 +10,7 @@ import pytest
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.engine.tiny import Family
 from kvbaton.router.engine_info import EngineState, Role
+from support.engine_process import EngineOptions
 from support.local_cluster import LocalCluster
 from support.oracle import TinyModels
 
@@ -23,10 +24,10 @@ def long_prompt(length: int) -> tuple[int, ...]:
     return tuple((i * 37 + i // 11 * 5) % 200 + 20 for i in range(length))
 
 
-def sampled(name: str, length: int, max_tokens: int, n: int = 1) -> Request:
+def sampled(name: str, length: int, max_tokens: int, n: int = 1, penalty: float = 0.3) -> Request:
     """Penalties and a seed: all that a sampler could lose on the way."""
     sampling = SamplingParams(
-        max_tokens=max_tokens, seed=11, temperature=0.9, top_p=0.95, frequency_penalty=0.3, n=n, ignore_eos=True
+        max_tokens=max_tokens, seed=11, temperature=0.9, top_p=0.95, frequency_penalty=penalty, n=n, ignore_eos=True
     )
     return Request(name, long_prompt(length), sampling, tuple(range(n)))
 
@@ -60,12 +61,14 @@ class Reader:
         return self.tokens
 
 
-async def test_long_sequence_moves_while_it_decodes(tiny_model: TinyModels) -> None:
+@pytest.mark.parametrize(("pipelined", "penalty"), [("off", 0.3), ("on", 0.0)], ids=["each", "pipelined"])
+async def test_long_sequence_moves_while_it_decodes(tiny_model: TinyModels, pipelined: str, penalty: float) -> None:
     """2,000 tokens of context, there and back; and three samples of another request, one of which moves."""
-    async with LocalCluster(tiny_model(Family.LLAMA), ROLES) as cluster:
-        still = await cluster.tokens(sampled("still", CONTEXT, 500))
-        still_n = await cluster.tokens(sampled("still-n", 300, 400, n=3))
-        moving, several = Reader(cluster, sampled("moving", CONTEXT, 500)), Reader(cluster, sampled("n", 300, 400, n=3))
+    async with LocalCluster(tiny_model(Family.LLAMA), ROLES, EngineOptions(pipelined=pipelined)) as cluster:
+        still = await cluster.tokens(sampled("still", CONTEXT, 500, penalty=penalty))
+        still_n = await cluster.tokens(sampled("still-n", 300, 400, 3, penalty))
+        moving = Reader(cluster, sampled("moving", CONTEXT, 500, penalty=penalty))
+        several = Reader(cluster, sampled("n", 300, 400, 3, penalty))
         await moving.has(10)
         await several.has(5)
         names = {"decode-1", "decode-2"}

@@ -51,6 +51,29 @@ async def test_split_equals_the_oracle(tiny_model: TinyModels, family: Family) -
         assert stats.transfer.bytes_sent > 0
 
 
+async def test_split_with_steps_that_overlap(tiny_model: TinyModels) -> None:
+    """Sixteen at once; then the same while others are read for a few tokens and left."""
+    model = tiny_model(Family.LLAMA)
+    oracle = [oracle_tokens(model, prompt) for prompt in prompts()]
+    wanted = [(i, length) for length in (64, 17, 40) for i in range(len(oracle))][:16]
+    async with LocalCluster(model, options=EngineOptions(pipelined="on")) as cluster:
+        for turn in range(2):
+            left = [asyncio.create_task(_leave(cluster, greedy(f"left-{i}", prompts()[i]), i)) for i in range(turn * 7)]
+            requests = [greedy(f"r{turn}-{k}", prompts()[i], n) for k, (i, n) in enumerate(wanted)]
+            answers = await asyncio.gather(*map(cluster.tokens, requests))
+            assert answers == [{0: oracle[i][:length]} for i, length in wanted]
+            await asyncio.gather(*left)
+        await cluster.assert_clean()
+
+
+async def _leave(cluster: LocalCluster, request: Request, after: int) -> None:
+    """Read a request until it has sent `after` frames."""
+    stream = cluster.client.generate(request)
+    for _ in range(after):
+        await anext(stream)
+    await stream.aclose()
+
+
 async def test_split_with_preemption_on_decode(tiny_model: TinyModels) -> None:
     """A decode pool too small for its streams recomputes some of them; tokens stay."""
     model = tiny_model(Family.LLAMA)

@@ -42,6 +42,7 @@ class EngineOptions:
     block_size: int = 16
     device: str = "cpu"
     step_limit_s: float = 60.0
+    pipelined: str = "auto"
 
 
 def host_settings(
@@ -49,7 +50,9 @@ def host_settings(
 ) -> EngineHostSettings:
     cache = CacheConfig(options.block_size, options.kv_memory_bytes, prefix_cache=options.prefix_cache)
     batch = BatchConfig(options.max_tokens_per_step, options.prefill_chunk_tokens)
-    engine = EngineConfig(model, options.device, dtype="float32", threads=1, cache=cache, batch=batch)
+    engine = EngineConfig(
+        model, options.device, dtype="float32", threads=1, cache=cache, batch=batch, pipelined=options.pipelined
+    )
     transfer = TransferSettings(lease_s=options.lease_s)
     return EngineHostSettings(
         engine_id, generation, role, engine, SECRET, transfer=transfer, step_limit_s=options.step_limit_s
