@@ -28,6 +28,7 @@ import torch
 from gpucheck import floors, speed, split
 from gpucheck.checks import Bench, CheckResult, kernel_checks, run_check
 from gpucheck.model_checks import model_checks, small_config
+from gpucheck.overlap import overlap
 from gpucheck.report import Report, Skipped
 from gpucheck.rig import BATCHES, Rig
 from gpucheck.timing import Clock
@@ -139,6 +140,7 @@ def measure_model(session: Session, name: str) -> None:
     tokens = max(batches[-1] * (contexts[-1] + 64), lengths[-1])
     with torch.inference_mode(), closing(Rig(config, session.device, kv_dtype, tokens)) as rig:
         session.collect(report.decode, speed.decode(rig, name, batches, contexts, clock, found))
+        session.collect(report.overlap, overlap(rig, name, batches, contexts[0], clock))
         session.collect(report.prefill, speed.prefill(rig, name, lengths, clock, found))
         if not (tiny or quick):
             session.collect(report.chunks, speed.chunk_sizes(rig, name, clock, found))

@@ -11,6 +11,9 @@ import torch
 from gpucheck.checks import EXACT, Bench, Check, Outcome, distance
 from gpucheck.floors import models
 
+from kvbaton.cluster.session_types import Leg, Submit
+from kvbaton.cluster.worker import Worker
+from kvbaton.cluster.worker_types import Submitted
 from kvbaton.engine import moe as experts_module
 from kvbaton.engine.batch import ScheduledRow
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
@@ -90,6 +93,29 @@ def _tokens(device: torch.device, cuda_graphs: bool, kv_dtype: str) -> list[list
     return [seq.tokens[seq.num_prompt :] for seq in seqs]
 
 
+def overlapping_tokens(bench: Bench) -> Outcome:
+    """Requests through a worker whose steps overlap, against the same with each step on its own; wrong ones counted."""
+    got, want = (_served(bench.device, way) for way in ("on", "off"))
+    return Outcome(float(sum(got.get(key) != token for key, token in want.items()) + len(got.keys() - want)), EXACT)
+
+
+def _served(device: torch.device, pipelined: str) -> dict[tuple[str, int], int | None]:
+    """Tokens by request and index: greedy ones and sampled ones, some of which stop early, in chunks of 40."""
+    cache = CacheConfig(16, kv_memory_bytes=4 << 20)
+    batch = BatchConfig(prefill_chunk_tokens=40, max_running=8)
+    config = EngineConfig(Path(), str(device), "float32", 512, cache=cache, batch=batch, pipelined=pipelined)
+    worker = Worker(Engine(config, _copied(device, "float32"), device), None, batch)  # type: ignore[arg-type]
+    for i, prompt in enumerate(PROMPTS):
+        for kind in ({"temperature": 0.0}, {"seed": i, "top_p": 0.9}):
+            sampling = SamplingParams(max_tokens=16 + i, stop_token_ids=tuple(range(0, 512, 37)), **kind)
+            name = f"{i}-{len(kind)}"
+            worker.handle(Submitted(1, Submit(Request(name, prompt, sampling), Leg.LOCAL)), 0.0)
+        worker.step(0.0)
+    while worker.step(0.0):
+        pass
+    return {(o.request_id, o.index): o.token_id for outputs in worker.take_outputs().values() for o in outputs}
+
+
 def _step(engine: Engine, parts: list[tuple[Sequence, int]]) -> None:
     rows = [ScheduledRow(seq, n, (0,) if seq.num_computed + n == len(seq.tokens) else ()) for seq, n in parts if n]
     if not rows:
@@ -151,5 +177,6 @@ def model_checks(tiny: bool) -> Iterator[Check]:
     yield Check("logits bfloat16 = CPU", partial(logits_equal_cpu, "bfloat16", 0.1))
     for graphs in (False, True):
         yield Check(f"tokens float32, {'graphs' if graphs else 'eager'}", partial(engine_tokens, graphs, "auto"))
+    yield Check("tokens of overlapping steps", overlapping_tokens)
     yield Check("tokens, 8-bit pool, graphs", partial(engine_tokens, True, "fp8_e4m3"))
     yield Check("experts", experts)

@@ -73,6 +73,27 @@ class PrefillResult:
 
 
 @dataclass(frozen=True, slots=True)
+class OverlapResult:
+    """Seconds a decode step of a running worker: `device_s` is the device's own work, the others what passes from one
+    step to the next, each waited for before the next is scheduled (`alone_s`) or overlapping."""
+
+    model: str
+    batch: int
+    context: int
+    device_s: float
+    alone_s: float
+    overlapped_s: float
+
+    @property
+    def alone_gap_s(self) -> float:
+        return self.alone_s - self.device_s
+
+    @property
+    def overlapped_gap_s(self) -> float:
+        return self.overlapped_s - self.device_s
+
+
+@dataclass(frozen=True, slots=True)
 class BlockResult:
     model: str
     what: str
@@ -108,6 +129,7 @@ class Report:
     checks: list[CheckResult] = field(default_factory=list)
     ceilings: Ceilings | None = None
     decode: list[DecodeResult] = field(default_factory=list)
+    overlap: list[OverlapResult] = field(default_factory=list)
     prefill: list[PrefillResult] = field(default_factory=list)
     chunks: list[PrefillResult] = field(default_factory=list)
     blocks: list[BlockResult] = field(default_factory=list)
@@ -130,7 +152,7 @@ class Report:
 
     def json(self) -> str:
         values = asdict(self)
-        for name in ("decode", "prefill", "chunks", "blocks", "checks"):
+        for name in ("decode", "overlap", "prefill", "chunks", "blocks", "checks"):
             for value, item in zip(values[name], getattr(self, name), strict=True):
                 value.update(_derived(item))
         values["passed"] = self.passed
@@ -142,13 +164,13 @@ class Report:
         parts += [f"- seed: {self.seed}", f"- finished: {'yes' if self.finished else 'no: cut short'}", ""]
         if self.machine.get("device", "cpu") == "cpu":
             parts += [f"{NOT_RUN}: these figures try the program out, and say nothing of any device.", ""]
-        for section in (_ceilings, _decode, _prefill, _chunks, _blocks, _draws, _checks, _notes):
+        for section in (_ceilings, _decode, _overlap, _prefill, _chunks, _blocks, _draws, _checks, _notes):
             parts += section(self)
         return "\n".join(parts) + "\n"
 
 
 def _derived(item: Any) -> dict[str, Any]:
-    names = ("over_floor", "gaps_s", "share", "met", "passed")
+    names = ("over_floor", "gaps_s", "alone_gap_s", "overlapped_gap_s", "share", "met", "passed")
     return {name: getattr(item, name) for name in names if hasattr(type(item), name)}
 
 
@@ -200,6 +222,18 @@ def _decode(report: Report) -> list[str]:
         for r in report.decode
     ]  # fmt: skip
     return table("Decode steps", head, rows)
+
+
+def _overlap(report: Report) -> list[str]:
+    head = ("model", "batch", "context", "device ms", "alone ms", "gap", "overlapping ms", "gap")
+    rows = [
+        (
+            r.model, str(r.batch), str(r.context),
+            *map(_ms, (r.device_s, r.alone_s, r.alone_gap_s, r.overlapped_s, r.overlapped_gap_s)),
+        )
+        for r in report.overlap
+    ]  # fmt: skip
+    return table("Steps of a worker, each alone and overlapping", head, rows)
 
 
 def _prefill(report: Report) -> list[str]:

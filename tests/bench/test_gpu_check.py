@@ -188,6 +188,8 @@ def test_the_whole_program_at_tiny_shapes(tmp_path: Path) -> None:
     assert not values["problems"]
     assert {row["what"] for row in values["blocks"]} == {"gather", "scatter", "copy"}
     assert [row["batch"] for row in values["decode"]] == [1, 8]
+    assert [row["batch"] for row in values["overlap"]] == [1, 8]
+    assert all(row["alone_gap_s"] == row["alone_s"] - row["device_s"] for row in values["overlap"])
     assert len(values["draws"]) == 3
     assert "not run on a GPU" in (tmp_path / "gpu_check.md").read_text()
 
