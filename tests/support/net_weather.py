@@ -12,13 +12,10 @@ from kvbaton.engine.first_tokens import encode_first_tokens
 from kvbaton.kvtransfer.agent import TransferAgent
 from kvbaton.kvtransfer.faults import Fault, FaultyChannel, FaultyTransport
 from kvbaton.kvtransfer.loopback import LoopbackChannel
-from kvbaton.kvtransfer.states import ReceiverState, SenderState
+from kvbaton.kvtransfer.states import ReceiverState
 from kvbaton.kvtransfer.wire import (
-    AckMessage,
-    BlocksMessage,
     DoneMessage,
     Frame,
-    Message,
     WireError,
     decode,
     encode,
@@ -94,23 +91,21 @@ def read(channel: FaultyChannel) -> list[int]:
     return [block for block in [*sent, *held] if block is not None]
 
 
-def old_words(agent: TransferAgent) -> None:
-    """An earlier incarnation of each peer ends every hand-off, in frames that are numbered as if they were next: BLOCKS
-    and DONE, with a token that is not the one of now, for what lands here; ACK for what was sent from here."""
+def old_words(agent: TransferAgent) -> bool:
+    """An earlier incarnation of a peer says DONE, with a token that is not the one of now, for each hand-off of which
+    nothing else is missing here, in frames that are numbered as if they were next. False if there is none."""
+    said = False
     for session in agent._roster.snapshot():
         if session.peer is None or not isinstance(session.channel, FaultyChannel):
             continue
-        messages: list[Message] = []
-        for receiver in [r for r in session.receivers.values() if r.state is ReceiverState.LANDING]:
-            first, end = receiver._announced, receiver.offer.num_blocks
-            if first < end:
-                messages.append(BlocksMessage(receiver.handle, first, end - first))
-            messages.append(DoneMessage(receiver.handle, len(receiver.landing.block_ids), WRONG_TOKEN))
-        sent = [s for s in session.senders.values() if s.state is SenderState.AWAITING_ACK]
-        messages += [AckMessage(sender.handle) for sender in sent]
-        for number, message in enumerate(messages, session._frames._received):
-            frame = Frame(number, session.peer.generation - 1, agent.address().generation, message)
+        landing = [r for r in session.receivers.values() if r.state is ReceiverState.LANDING]
+        due = [r for r in landing if r._announced == r.offer.num_blocks]
+        for number, receiver in enumerate(due, session._frames._received):
+            done = DoneMessage(receiver.handle, len(receiver.landing.block_ids), WRONG_TOKEN)
+            frame = Frame(number, session.peer.generation - 1, agent.address().generation, done)
             _loopback(session.channel)._inbox.append(encode(frame))
+            said = True
+    return said
 
 
 def _is_done(data: bytes) -> bool:
