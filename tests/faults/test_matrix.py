@@ -102,7 +102,7 @@ async def test_cell(stage: Stage, state: State, fault: Fault) -> None:
     await REACH[state](scene)
     struck_at = await strike(scene, fault)
     if fault in (Fault.LEAVE, Fault.KILL_INGRESS):
-        await cluster.seconds_until_free(2.0)
+        await cluster.seconds_until_free(1.0 if fault is Fault.KILL_INGRESS else 2.0)
         outcome, recovered_s, free_s = "released", time.monotonic() - struck_at, 0.0
     else:
         survivors = tuple({PREFILL, DECODE} - {KILLS.get(fault)})
