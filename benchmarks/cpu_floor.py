@@ -117,7 +117,7 @@ class Bench:
     def __init__(self, model: str, dtype: str, threads: int) -> None:
         configure_threads(threads)
         batch = BatchConfig(max_tokens_per_step=4096)
-        cache = CacheConfig(kv_memory_bytes=1 << 30, prefix_cache=False)
+        cache = CacheConfig(kv_memory_bytes=2 << 30, prefix_cache=False)
         self.engine = Engine.load(EngineConfig(checkpoint(model, dtype), dtype=dtype, cache=cache, batch=batch))
         self.engine.cache.pool.zero_()  # memory that has been used before, as after the first minute of a server
         self.worker = Worker(self.engine, None, batch)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import select
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -196,7 +197,7 @@ def main() -> None:
             for threads in args.threads:
                 print(f"{model} {dtype} {threads} threads", flush=True)
                 cells = measure(model, dtype, threads, range(1, args.rounds + 1), args.peers, cases)
-                command = f"python {' '.join(sys.argv)}"
+                command = f"python {shlex.join(sys.argv)}"
                 when = f"{datetime.date.today()}, {os.cpu_count()} cores, load average {os.getloadavg()[1]:.0f}"
                 group = Group(model, dtype, threads, [f"`{command}`, {when}"], cells)
                 write_report(group, CASES, args.out, args.more)

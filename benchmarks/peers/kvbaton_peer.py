@@ -25,7 +25,7 @@ class NoHandoffs:
 
 def load(args):
     configure_threads(args.threads)
-    cache = CacheConfig(kv_memory_bytes=1 << 30, prefix_cache=False)
+    cache = CacheConfig(kv_memory_bytes=2 << 30, prefix_cache=False)
     batch = BatchConfig(max_tokens_per_step=4096)
     engine = Engine.load(EngineConfig(Path(args.model), dtype=args.dtype, cache=cache, batch=batch))
     engine.cache.pool.zero_()  # memory that has been used before, as after the first minute of a server

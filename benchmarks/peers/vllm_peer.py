@@ -8,7 +8,7 @@ import os
 from protocol import arguments, serve
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "2"
 os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 os.environ["OMP_NUM_THREADS"] = str(arguments().threads)
 os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
