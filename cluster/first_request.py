@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Sequence
+from http import HTTPStatus
 
 from kvbaton.cluster.engine_host import EngineStats
 from kvbaton.cluster.launch_types import Launch, LaunchFailed
@@ -18,6 +19,7 @@ from kvbaton.cluster.screen import Link
 from kvbaton.router.engine_info import EngineInfo, Role
 
 _TIMEOUT_S = 300.0
+_UNREADY_S, _RETRY_S = 60.0, 0.5  # an engine may be silent for a moment while everything starts on a busy machine
 _NUM_TOKENS = 4
 _FIRST_ID = 3  # ids below are special in many vocabularies
 
@@ -29,7 +31,10 @@ def prompt_length(local_prefill_tokens: int, engines: Sequence[EngineInfo]) -> i
 
 
 def send_first_request(base_url: str, launch: Launch, engines: Sequence[EngineInfo]) -> float:
-    """Seconds from sending to the whole answer. Raises `LaunchFailed`."""
+    """Seconds from sending to the whole answer, of the last try where the service was not ready at first.
+
+    Raises `LaunchFailed`.
+    """
     length = prompt_length(launch.config.router.local_prefill_tokens, engines)
     vocab_size = launch.preflight.model.vocab_size
     body = {
@@ -43,15 +48,19 @@ def send_first_request(base_url: str, launch: Launch, engines: Sequence[EngineIn
     if launch.config.security.api_keys:
         headers["Authorization"] = f"Bearer {launch.config.security.api_keys[0]}"
     request = urllib.request.Request(f"{base_url}/v1/completions", json.dumps(body).encode(), headers)
-    started = time.monotonic()
-    try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
-            response.read()
-    except urllib.error.HTTPError as error:
-        raise LaunchFailed(f"the first request failed: HTTP {error.code}: {_message(error.read())}") from None
-    except OSError as error:
-        raise LaunchFailed(f"the first request got no answer: {error}") from None
-    return time.monotonic() - started
+    patience_ends = time.monotonic() + _UNREADY_S
+    while True:
+        started = time.monotonic()
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
+                response.read()
+            return time.monotonic() - started
+        except urllib.error.HTTPError as error:
+            if error.code != HTTPStatus.SERVICE_UNAVAILABLE or started > patience_ends:
+                raise LaunchFailed(f"the first request failed: HTTP {error.code}: {_message(error.read())}") from None
+        except OSError as error:
+            raise LaunchFailed(f"the first request got no answer: {error}") from None
+        time.sleep(_RETRY_S)
 
 
 def _message(body: bytes) -> str:

@@ -53,7 +53,9 @@ def split_prompts(value: Any, max_prompts: int) -> list[str | list[int]]:
     """The prompts in `value`: a string, token ids, or a list of either. Raises `ApiError`."""
     if isinstance(value, str):
         prompts: list[str | list[int]] = [value]
-    elif not isinstance(value, list) or not value:
+    elif value == []:
+        raise bad_request("prompt is empty", "prompt")
+    elif not isinstance(value, list):
         raise bad_request(
             "prompt must be a string, a list of strings, token ids, or a list of token-id lists", "prompt"
         )
