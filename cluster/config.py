@@ -115,7 +115,7 @@ class TransferSettings:
     lease_s: Seconds = 10.0
     connect_s: Seconds = 5.0
     drain_s: Seconds = 2.0
-    send_window: Annotated[int, Range(1, 4096)] = 32
+    send_window: Annotated[int, Range(1, 4096)] = 8
     bandwidth_floor: Annotated[int, ByteSize(0)] = 0
     checksum: Annotated[str, OneOf(CHECKSUMS)] = CHECKSUM_OFF
 

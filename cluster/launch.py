@@ -65,7 +65,7 @@ def serve(config: ClusterConfig, screen: Screen, signals: StopSignals) -> int:
             signals.catch()
             _watch(cluster, screen)
         except KeyboardInterrupt:
-            screen.line("stopping ...")
+            screen.line(_farewell(config))
         except (LaunchFailed, ConfigError) as error:
             screen.error(str(error))
             return 1
@@ -74,6 +74,10 @@ def serve(config: ClusterConfig, screen: Screen, signals: StopSignals) -> int:
             stack.close()
     screen.line("stopped")
     return 0
+
+
+def _farewell(config: ClusterConfig) -> str:
+    return f"stopping ... (responses in progress have {config.http.shutdown_timeout_s:g} s; Ctrl-C again cuts them)"
 
 
 @contextmanager

@@ -67,10 +67,9 @@ class ServeApp:
 
     def stop(self) -> None:
         """Take the endpoint down; responses in progress get `shutdown_timeout_s`."""
+        serve.delete(APP_NAME)  # waits for them, which `shutdown` does not
         if self._launch.config.ray.address is None:
             serve.shutdown()
-        else:
-            serve.delete(APP_NAME)
 
 
 def _application(launch: Launch) -> Any:

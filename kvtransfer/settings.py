@@ -42,7 +42,7 @@ class TransferSettings:
     drain_s: float = 2.0
     answer_s: float = 1.0
     stall_s: float = 30.0
-    send_window: int = 32
+    send_window: int = 8
     max_handoffs_per_session: int = 4096
     max_blocks_per_handoff: int = 1 << 17
     max_payload_bytes: int = 1 << 20
