@@ -290,7 +290,7 @@ def test_blocks_of_an_ended_hand_off_stay_until_the_network_has_let_go(late: str
     """The engine that hears of the end from its peer must keep its blocks while delayed messages may still touch them.
     Guards a release of blocks together with the failure."""
     cluster = ToyCluster()
-    prefill, decode = cluster.start("p0"), cluster.start("d0")
+    prefill, decode = cluster.start("p0", send_window=16), cluster.start("d0")  # all ten blocks in flight at once
     prefill.weather.delay("block")
     stream = cluster.submit("a", tuple(range(1, 40)), 12, ("p0", "d0"))
     run(cluster, 6)
