@@ -1,4 +1,4 @@
-"""A decoding sequence leaves for another engine: what its source does. The target's half is in `Landings` and `Worker`.
+"""A decoding sequence leaves for another engine: what its source does. The target's half is in `Arrivals`.
 
     COPYING       its whole blocks travel as a hand-off of their own; it decodes
     APPROACHING   they are there; the rest is offered, and what has become whole since travels; it decodes

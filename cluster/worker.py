@@ -7,19 +7,21 @@ the rest of the token budget, both in one forward pass. A role only decides what
     PREFILL leg   prefill queue -> first token to the ingress, KV held for the peer -> ack
     DECODE leg    landing -> running here
     MOVE leg      landing of a copy, then of the rest -> running here; at its source it is a `Moves` entry
+
+Prompts are kept by `WorkerPrompts`, what decodes by `WorkerSamples`, what others send here by `Arrivals`.
 """
 
 from __future__ import annotations
 
 from kvbaton.cluster.arrivals import Arrivals, branch
 from kvbaton.cluster.block_audit import audit_blocks
-from kvbaton.cluster.moves import Moves, OutgoingMove
-from kvbaton.cluster.outbox import Outbox
-from kvbaton.cluster.session_types import Leg, Move, Moved, MoveWanted
+from kvbaton.cluster.session_types import Leg, MoveWanted
 from kvbaton.cluster.step_pipeline import LandedRow, StepPipeline
 from kvbaton.cluster.submit_check import SubmitCheck
 from kvbaton.cluster.tracks import Track, Tracks
 from kvbaton.cluster.worker_load import engine_load
+from kvbaton.cluster.worker_prompts import WorkerPrompts
+from kvbaton.cluster.worker_samples import WorkerSamples
 from kvbaton.cluster.worker_types import Abort, Item, MoveAway, MoveOrder, StepEngine, Submitted
 from kvbaton.decode_worker.landings import Landings
 from kvbaton.decode_worker.scheduler import DecodeScheduler
@@ -28,14 +30,11 @@ from kvbaton.engine.block_owners import BlockAudit, BlockOwners, Owner
 from kvbaton.engine.config import BatchConfig
 from kvbaton.engine.first_tokens import encode_first_tokens
 from kvbaton.engine.kv_manager import KVManager
-from kvbaton.engine.request import FinishReason, TokenOutput
+from kvbaton.engine.request import TokenOutput
 from kvbaton.engine.sequence import Sequence, Status
-from kvbaton.engine.stopping import finish_reason
 from kvbaton.kvtransfer.commands import HandoffCommands
-from kvbaton.kvtransfer.messages import Failed, Granted, HandoffKey, Landed, Offered, Released
-from kvbaton.prefill_worker.hold_limit import HoldLimit
+from kvbaton.kvtransfer.messages import Failed, Granted, Landed, Offered, Released
 from kvbaton.prefill_worker.outgoing import OutgoingHandoffs, OutgoingState
-from kvbaton.prefill_worker.scheduler import PrefillScheduler
 from kvbaton.router.engine_info import EngineLoad
 
 FINISHED_ON_PREFILL = "finished with its first token"
@@ -48,22 +47,23 @@ class Worker:
     def __init__(self, engine: StepEngine, agent: HandoffCommands, limits: BatchConfig) -> None:
         self._engine = engine
         self._agent = agent
-        self._limits = limits
         # A sequence that outgrew the whole pool could be preempted but never computed again.
-        self._max_tokens = min(engine.max_model_len, engine.kv.num_blocks * engine.kv.block_size)
+        kv, max_tokens = engine.kv, min(engine.max_model_len, engine.kv.num_blocks * engine.kv.block_size)
         self.max_requests = limits.max_waiting + limits.max_running
-        self._check = SubmitCheck(self._max_tokens, engine.vocab_size, self.max_requests)
+        self._check = SubmitCheck(max_tokens, engine.vocab_size, self.max_requests)
         self.tracks = Tracks()
         self.owners = BlockOwners()
-        self.prefill = PrefillScheduler(engine.kv, limits, self._prompt_starts, self._may_start)
-        self.decode = DecodeScheduler(engine.kv, limits.max_running, self._max_tokens)
-        self.pipeline = StepPipeline(engine.kv, engine.pipelined)
-        self.outgoing = OutgoingHandoffs(engine.kv, agent, self.owners)
-        self._holds = HoldLimit(self.outgoing, engine.kv.num_blocks, limits)
-        self.landings = Landings(engine.kv, agent, self.owners)
+        self.pipeline = StepPipeline(kv, engine.pipelined)
+        self.outgoing = OutgoingHandoffs(kv, agent, self.owners)
+        self.prompts = WorkerPrompts(kv, limits, self.tracks, self.outgoing, self.pipeline)
+        self.prefill = self.prompts.scheduler
+        self.decode = DecodeScheduler(kv, limits.max_running, max_tokens)
+        self.landings = Landings(kv, agent, self.owners)
         self.arrivals = Arrivals(engine, self.tracks, self.landings, self.decode)
-        self.moves = Moves(engine.kv, self.decode, self.outgoing, self._move_ended)
-        self.outbox = Outbox()
+        self.samples = WorkerSamples(
+            kv, max_tokens, self.tracks, self.prefill, self.decode, self.pipeline, self.outgoing
+        )
+        self.moves, self.outbox = self.samples.moves, self.samples.outbox
 
     # ---- what comes in ------------------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ class Worker:
             case Granted():
                 self.moves.granted(item.key, now)  # for others the agent sends ready blocks by itself
             case MoveOrder():
-                self._move(item.session_id, item.move)
+                self.samples.move(item.session_id, item.move)
             case MoveAway():
                 for track in self.tracks.named(item.request_id):
                     self.outbox.notice(track.session_id, MoveWanted(track.request.request_id, item.to))
@@ -104,7 +104,7 @@ class Worker:
         # Streams that gave their blocks up get them back before others get any.
         refused = self.arrivals.grant(bool(plan.preempted) or self.prefill.queue.preempted, self.pipeline.joining())
         self._end_all(refused, "no room for a sequence that decodes elsewhere")
-        rows = plan.rows + self._prefill_rows(len(plan.rows), now)
+        rows = plan.rows + self.prompts.rows(len(plan.rows), now)
         stuck = self.arrivals.circle(now, bool(rows) or self.pipeline.busy or self.owners.count(Owner.LANDING) > 0)
         self._end_all(stuck, "no room: every block here waits for other engines")
         if not rows:
@@ -131,7 +131,7 @@ class Worker:
             track.prompt_logprobs.extend(landed.prompt_logprobs or ())
             if seq.status is Status.RUNNING:
                 self.decode.commit(row)
-                self._next_token(track, seq, landed.sampled[0])
+                self.samples.next_token(track, seq, landed.sampled[0])
             else:
                 self._prefilled(track, row, landed.sampled)
 
@@ -173,27 +173,7 @@ class Worker:
         if track.leg in (Leg.DECODE, Leg.MOVE):
             self.arrivals.expect(track, now)
         else:
-            track.prompt = Sequence(track.request, now)
-            self.prefill.add(track.prompt)
-
-    def _prefill_rows(self, decode_rows: int, now: float) -> list[ScheduledRow]:
-        budget = self._limits.max_tokens_per_step - decode_rows
-        if decode_rows:
-            budget = min(budget, self._limits.prefill_chunk_tokens)  # a running stream waits for one chunk at most
-        if not len(self.prefill.queue):
-            return []
-        self._holds.begin_step()
-        return self.prefill.schedule(budget, now)
-
-    def _may_start(self, seq: Sequence, num_blocks: int) -> bool:
-        track = self.tracks.of(seq)
-        return track is None or track.leg is not Leg.PREFILL or self._holds.admits(num_blocks)
-
-    def _prompt_starts(self, seq: Sequence) -> None:
-        track = self.tracks.of(seq)
-        if track is not None and track.leg is Leg.PREFILL and track.submit.peer is not None:
-            self._holds.took(len(seq.block_table))
-            self.outgoing.start(seq, track.submit.peer)
+            self.prompts.add(track, now)
 
     # ---- tokens -------------------------------------------------------------------------------------------------
 
@@ -202,19 +182,18 @@ class Worker:
         if not progress.done:
             if track.leg is Leg.PREFILL:
                 self.outgoing.chunk_done(row.seq, progress.full_blocks)
-        elif row.seq is not track.prompt:  # recomputed after a preemption: one sample, goes on where it was
-            self.decode.add(row.seq)
-            self._next_token(track, row.seq, sampled[0])
+        elif row.seq is not track.prompt:
+            self.samples.resume(track, row.seq, sampled[0])
         elif track.leg is Leg.PREFILL:
             self._hand_off(track, row.seq, sampled)
         else:
-            self._go_on_here(track, row.seq, sampled)
+            self.samples.fork(track, row.seq, sampled)
 
     def _hand_off(self, track: Track, seq: Sequence, sampled: tuple[SampledToken, ...]) -> None:
         """Publish the first tokens at once; what goes on goes to decode with the tail block."""
         going_on: dict[int, int] = {}
         for sample, drawn in zip(seq.samples, sampled, strict=True):
-            if self._publish(track, branch(seq, sample), drawn) is None:
+            if self.samples.publish(track, branch(seq, sample), drawn) is None:
                 going_on[sample] = drawn.token_id
         track.prompt = None
         if going_on:
@@ -222,18 +201,6 @@ class Worker:
         else:
             self.tracks.remove(track)
             self.outgoing.cancel(track.key, FINISHED_ON_PREFILL)
-
-    def _go_on_here(self, track: Track, seq: Sequence, sampled: tuple[SampledToken, ...]) -> None:
-        """Fork the prompt into its samples, which share its blocks until they write."""
-        track.prompt = None
-        for sample in seq.samples:
-            live = track.live[sample] = branch(seq, sample)
-            self._engine.kv.fork(live.block_table)
-            self.decode.add(live)
-        for live, drawn in zip(list(track.live.values()), sampled, strict=True):
-            self._next_token(track, live, drawn)
-        self._engine.kv.release(seq.block_table)
-        seq.block_table = []
 
     def _landed(self, event: Landed, now: float) -> None:
         try:
@@ -243,60 +210,14 @@ class Worker:
             if track is not None:
                 self._end_request(track, f"hand-off refused: {error}")
 
-    def _next_token(self, track: Track, seq: Sequence, drawn: SampledToken) -> None:
-        if self._publish(track, seq, drawn) is not None:
-            self._end_sample(track, seq)
-
-    def _publish(self, track: Track, seq: Sequence, drawn: SampledToken) -> FinishReason | None:
-        """Append a drawn token to its sequence and queue it for the ingress."""
-        seq.tokens.append(drawn.token_id)
-        finish = finish_reason(seq, self._max_tokens)
-        self.outbox.token(track, seq, drawn, finish)
-        return finish
-
-    # ---- a sample moves away ------------------------------------------------------------------------------------
-
-    def _move(self, session_id: int, order: Move) -> None:
-        key = HandoffKey(order.new_id, order.new_epoch)
-        if order.to is None:
-            self.moves.stop_named(key, "called off")
-            return
-        tracks = self.tracks.of_request(session_id, order.request_id)
-        track = next((t for t in tracks if order.sample in t.live), None)
-        refusal = "no such sample decodes here"
-        if track is not None:
-            refusal = self.moves.start(track, track.live[order.sample], order)
-        if refusal:
-            self.outbox.notice(session_id, Moved(order.new_id, order.new_epoch, False, refusal))
-
-    def _move_ended(self, move: OutgoingMove, moved: bool, reason: str) -> None:
-        order = move.order
-        if moved:
-            self._end_sample(move.track, move.seq)
-        self.outbox.notice(move.track.session_id, Moved(order.new_id, order.new_epoch, moved, reason))
-
     # ---- a request ends -----------------------------------------------------------------------------------------
-
-    def _end_sample(self, track: Track, seq: Sequence) -> None:
-        """A running or preempted sample ends: its blocks go back, and the track with the last one."""
-        self.moves.forget(seq, "the sequence ended")
-        if seq.status is Status.RUNNING:
-            self.decode.remove(seq)
-        elif seq in self.prefill.queue:
-            self.prefill.remove(seq)
-        seq.to(Status.FINISHED)
-        self.pipeline.give_back(seq)
-        del track.live[seq.samples[0]]
-        if not track.live and track.prompt is None:
-            self.tracks.remove(track)
 
     def _end_request(self, track: Track, error: str | None, reason: str = "aborted") -> None:
         """The one transition to the end from any state: every leg and block goes; `error` is told to the ingress."""
         for seq in list(track.live.values()):
-            self._end_sample(track, seq)
+            self.samples.end(track, seq)
         self.arrivals.cancel(track, error or reason)
-        if track.prompt is not None:
-            self._drop_prompt(track, track.prompt)
+        self.prompts.drop(track)
         if track.leg is Leg.PREFILL:
             self.outgoing.cancel(track.key, error or reason)
         self.tracks.remove(track)
@@ -307,14 +228,6 @@ class Worker:
         for track in tracks:
             self._end_request(track, error)
 
-    def _drop_prompt(self, track: Track, seq: Sequence) -> None:
-        """A prompt that waits or is being computed; blocks that a hand-off may be reading stay with the hand-off."""
-        self.prefill.remove(seq)
-        seq.to(Status.FINISHED)
-        track.prompt = None
-        if track.key not in self.outgoing:
-            self.pipeline.give_back(seq)
-
     def _abort(self, abort: Abort) -> None:
         for track in self.tracks.of_request(abort.session_id, abort.request_id):
             if abort.sample is None:
@@ -324,7 +237,7 @@ class Worker:
 
     def _abort_sample(self, track: Track, sample: int) -> None:
         if sample in track.live:
-            self._end_sample(track, track.live[sample])
+            self.samples.end(track, track.live[sample])
             return
         track.dropped.add(sample)
         if track.dropped.issuperset(track.request.sample_indices):
