@@ -31,6 +31,16 @@ class Kernels(Protocol):
         """[num_tokens, 2 * intermediate] -> silu(first half) * second half."""
         ...
 
+    def linear_int8(
+        self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [rows, in] times the transpose of weight [out, in] int8, times scale [out] float32, plus bias [out].
+
+        [rows, out] in x's dtype. Products are those of x and exact integers, summed in float32; scale and bias come
+        after the sum, and the result is rounded once.
+        """
+        ...
+
     def rope_and_write_kv(
         self,
         q: torch.Tensor,

@@ -44,6 +44,11 @@ class CpuKernels:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
 
+    def linear_int8(
+        self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return reference.linear_int8(x, weight, scale, bias)
+
     def rope_and_write_kv(
         self,
         q: torch.Tensor,

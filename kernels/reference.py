@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from kvbaton.kernels.kv_dtype import storage, to_kv
 from kvbaton.kernels.meta import AttentionMeta
 
+_OUTPUTS = 8192
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., hidden]; the mean of squares in float32, the product with `weight` in x's dtype."""
@@ -32,6 +34,19 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """[num_tokens, 2 * intermediate] -> [num_tokens, intermediate]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def linear_int8(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [rows, in], weight [out, in] int8, scale [out] float32, bias [out] -> [rows, out] in x's dtype.
+
+    Sums in float32; `_OUTPUTS` rows of the weight are floats at a time.
+    """
+    wide = x.float()
+    parts = [F.linear(wide, some.float()) for some in weight.split(_OUTPUTS)]
+    out = torch.cat(parts, dim=-1) * scale
+    return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
