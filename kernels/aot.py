@@ -24,7 +24,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvbaton.kernels import triton_blocks, triton_decode, triton_draw, triton_pointwise, triton_prefill, triton_rope
+from kvbaton.kernels import (
+    triton_blocks,
+    triton_decode,
+    triton_draw,
+    triton_linear,
+    triton_pointwise,
+    triton_prefill,
+    triton_rope,
+)
 from kvbaton.kernels.kv_dtype import FP8
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -54,8 +62,11 @@ INDEX_POINTERS = {
     "temperature_ptr": "fp64",
     "min_p_ptr": "fp64",
     "best_ptr": "fp64",
+    "quantized_ptr": "i8",
+    "scale_ptr": "fp32",
 }
 ALIGNED = ("_ptr", "token_stride", "head_stride", "block_stride", "row_stride", "width", "block_elements")
+LINEAR_ROWS = (1, 64, 256, 2048)  # a product of 8-bit weights has tiles of its own for each
 FLOAT_SCALARS = ("eps", "scale_log2")
 
 
@@ -173,6 +184,22 @@ def rope_spec(model: ModelShape) -> KernelSpec:
     return KernelSpec("rope + kv write", triton_rope.rope_write_kernel, model.dtype, rope, 4, kv_dtype=model.kv_dtype)
 
 
+def linear_specs(model: ModelShape, general: bool) -> Iterator[KernelSpec]:
+    """Products with 8-bit weights, with and without a sum over parts, for few rows and for many. `general`: with a
+    bias, and of a width that no tile divides."""
+    kernel, tiles = triton_linear.linear_int8_kernel, dict[triton_linear.LinearTile, int]()
+    for rows in LINEAR_ROWS:
+        tiles.setdefault(triton_linear.LinearTile.of(rows, model.dtype), rows)
+    for tile, rows in tiles.items():
+        sizes = (("ROWS", tile.rows), ("OUTS", tile.outs), ("INS", tile.ins))
+        for single in (True, False) if rows <= triton_linear.FEW_ROWS else (True,):
+            label = f"linear int8, {rows} rows{'' if single else ', parts'}"
+            constants = (("SINGLE", single), ("HAS_BIAS", general), ("WHOLE", not general), *sizes)
+            yield KernelSpec(label, kernel, model.dtype, constants, tile.num_warps, tile.num_stages)
+    reduce = (("HAS_BIAS", general), ("OUTS", triton_linear.REDUCE_OUTS))
+    yield KernelSpec("linear int8 reduce", triton_linear.linear_int8_reduce_kernel, model.dtype, reduce, 4)
+
+
 def draw_specs() -> Iterator[KernelSpec]:
     """Drawing tokens; the same for every model."""
     warps, chunk = triton_draw.NUM_WARPS, ("CHUNK", triton_draw.CHUNK)
@@ -244,7 +271,7 @@ def all_specs(models: Sequence[ModelShape]) -> Iterator[KernelSpec]:
         if i == 0:
             specs += draw_specs()
         if i == 0 or model.dtype == torch.float32:
-            specs += layer_specs(model)
+            specs += [*layer_specs(model), *linear_specs(model, general=i > 0)]
         elif model.kv_dtype is not None:
             specs.append(rope_spec(model))
         for spec in specs:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from kvbaton.kernels import reference, triton_blocks, triton_decode, triton_pointwise, triton_prefill, triton_rope
+from kvbaton.kernels import (
+    triton_blocks,
+    triton_decode,
+    triton_linear,
+    triton_pointwise,
+    triton_prefill,
+    triton_rope,
+)
 from kvbaton.kernels.meta import AttentionMeta
 
 
@@ -25,7 +32,7 @@ class TritonKernels:
     def linear_int8(
         self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return reference.linear_int8(x, weight, scale, bias)
+        return triton_linear.linear_int8(x, weight, scale, bias)
 
     def rope_and_write_kv(
         self,

@@ -201,6 +201,43 @@ def filled_tokens(count: int, device: torch.device) -> None:
     assert int(want[:count].min()) >= 0
 
 
+def linear(dtype: torch.dtype, device: torch.device) -> None:
+    """Products with 8-bit weights against float64: few rows and many, widths that no tile divides, several parts."""
+    from kvbaton.kernels.triton_linear import linear_int8
+
+    g = torch.Generator().manual_seed(5)
+    for rows, ins, outs in ((0, 64, 32), (1, 96, 40), (5, 1700, 70), (64, 600, 33), (70, 200, 130), (300, 128, 64)):
+        x = torch.randn(rows, ins + 8, generator=g).to(device, dtype)[:, :ins]  # rows further apart than they are wide
+        weight = torch.randint(-128, 128, (outs, ins), dtype=torch.int8, generator=g).to(device)
+        scale = (torch.rand(outs, generator=g) / 500).to(device)
+        bias = torch.randn(outs, generator=g).to(device, dtype)
+        plain = (x.double() @ weight.double().T) * scale.double()
+        for shift in (None, bias):
+            want = plain if shift is None else plain + shift.double()
+            got = linear_int8(x, weight, scale, shift)
+            assert got.shape == want.shape
+            if rows:
+                close(got, want.to(dtype))
+
+
+def linear_alone_and_in_company(device: torch.device) -> None:
+    """A row has the same bits among few rows, and the same among many: parts are cut by the weight's shape alone."""
+    from kvbaton.kernels.triton_linear import FEW_ROWS, linear_int8
+
+    g = torch.Generator().manual_seed(6)
+    x = torch.randn(300, 1100, generator=g).to(device, torch.float16)
+    weight = torch.randint(-128, 128, (90, 1100), dtype=torch.int8, generator=g).to(device)
+    scale = (torch.rand(90, generator=g) / 500).to(device)
+    x[:, 0], x[:, -1], weight[:, -1] = 3e4, -3e4, weight[:, 0]  # cancel: the order of a sum shows in many bits
+    groups = [(FEW_ROWS, (1, 2, 17, 33)), (256, (FEW_ROWS + 1, 129)), (300, (257,))]
+    if device.type == "cuda":  # the interpreter's products of tiles of another shape differ in the last bits
+        groups += [(300, (256, FEW_ROWS + 1))]
+    for most, counts in groups:
+        together = linear_int8(x[:most], weight, scale)
+        for count in counts:
+            assert torch.equal(linear_int8(x[:count], weight, scale), together[:count]), f"{count} of {most} rows"
+
+
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
     """Within the dtype's tolerance, relative to 1 + |want|; NaN is never close."""
     wide = want.double()
@@ -249,6 +286,8 @@ CHECKS = (
     *(Check(f"blocks-{dtype}", partial(blocks, dtype)) for dtype in (torch.float32, torch.bfloat16, FP8)),
     *(Check(f"draws-{vocab}", partial(draws, vocab)) for vocab in (96, 5000)),
     *(Check(f"filled-tokens-{count}", partial(filled_tokens, count)) for count in (1, 700)),
+    *(Check(f"linear-int8-{d}", partial(linear, d), d != torch.bfloat16) for d in TOLERANCE),
+    Check("linear-int8-alone-and-in-company", linear_alone_and_in_company),
     Check("fp8-pool", partial(fp8_pool, _BASE, True)),
     Check("fp8-pool-float16", partial(fp8_pool, replace(_BASE, dtype=torch.float16, window=24, head_dim=24), True)),
     Check("fp8-pool-bfloat16", partial(fp8_pool, replace(_BASE, dtype=torch.bfloat16, head_dim=64), False), False),
