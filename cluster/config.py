@@ -15,6 +15,7 @@ from kvbaton.engine.config import (
     GPU_BLOCK_SIZE,
     KV_DTYPES,
     PIPELINED,
+    QUANTIZATIONS,
     BatchConfig,
     CacheConfig,
     ConfigError,
@@ -97,6 +98,7 @@ class EngineSettings:
     prefix_cache: bool = True
     kv_dtype: Annotated[str, OneOf(KV_DTYPES)] = "auto"
     pipelined: Annotated[str, OneOf(PIPELINED)] = "auto"
+    quantization: Annotated[str, OneOf(QUANTIZATIONS)] = "none"
     max_tokens_per_step: Annotated[int, Range(1, 1 << 20)] = 2048
     prefill_chunk_tokens: Annotated[int, Range(1, 1 << 20)] = 512
     max_running: Annotated[int, Range(1, 65536)] = 256
@@ -226,4 +228,5 @@ class ClusterConfig:
                 max_waiting=engine.max_waiting,
             ),
             pipelined=engine.pipelined,
+            quantization=engine.quantization,
         )

@@ -15,7 +15,7 @@ from kvbaton.cluster.devices import count_gpus, resolve_device
 from kvbaton.cluster.redis_store import RedisStore
 from kvbaton.cluster.store import StoreUnavailable
 from kvbaton.engine.config import ConfigError
-from kvbaton.engine.hf_config import load_model_config
+from kvbaton.engine.hf_config import check_quantization, load_model_config
 from kvbaton.engine.model_config import ModelConfig
 from kvbaton.engine.tokenizer import check_tokenizer
 from kvbaton.engine.weight_files import check_weight_files
@@ -34,6 +34,7 @@ class Preflight:
 def check_launch(config: ClusterConfig) -> Preflight:
     """Raises `ConfigError` for the first thing that cannot work."""
     model = check_model(config.model)
+    check_quantization(model, config.engine.quantization)
     joined = config.ray.address is not None
     if joined and config.store.redis is None:
         raise ConfigError(

@@ -30,6 +30,7 @@ FLAGS = (
     Flag("--model", "model.path", "Hugging Face folder with safetensors"),
     Flag("--served-model-name", "model.name", "what clients pass as model (the folder's name)"),
     Flag("--dtype", "model.dtype", "auto, float32, bfloat16, float16 (auto: the checkpoint's)"),
+    Flag("--quantization", "engine.quantization", "none, or int8: 8-bit weights (none)"),
     Flag("--max-model-len", "model.max_model_len", "prompt and completion together (what the model allows)", int),
     Flag("--prefill", "pools.prefill", "prefill engines (1)", int),
     Flag("--decode", "pools.decode", "decode engines (1)", int),

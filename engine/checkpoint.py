@@ -1,7 +1,8 @@
 """Safetensors folders: which tensors they hold, loading them into the decoder's buffers, and a digest of their bytes.
 
-Files are memory-mapped and each tensor is copied once, straight into its slot on the device and in its dtype: no
-second copy of the model ever exists. Names and shapes are all checked before the first byte is copied.
+Files are memory-mapped and each tensor is copied once, straight into its slot on the device and in its dtype, or
+quantized into it a few rows at a time: no second copy of the model ever exists. Names and shapes are all checked before
+the first byte is copied.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from safetensors.torch import save_file
 from kvbaton.engine.config import ConfigError
 from kvbaton.engine.hf_config import DTYPES
 from kvbaton.engine.json_fields import JsonFields
+from kvbaton.engine.matrix import plain
 from kvbaton.engine.model_config import ModelConfig
 from kvbaton.engine.weight_files import SINGLE_FILE, open_weights, weight_files
-from kvbaton.engine.weights import DecoderWeights, ExpertNaming, Slot, empty_weights, slots
+from kvbaton.engine.weights import DecoderWeights, ExpertNaming, Slot, empty_weights, slots, tie
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SAMPLE_BYTES = 512
@@ -86,10 +88,13 @@ def fingerprint(config: ModelConfig, weights_digest: str) -> str:
 
 
 def load_weights(
-    config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+    config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, quantization: str = "none"
 ) -> DecoderWeights:
-    """The model's weights on `device` in `dtype`; raises `ConfigError` for missing, unexpected or misshapen tensors."""
-    weights = empty_weights(config, dtype, device)
+    """The model's weights on `device` in `dtype`, its matrices quantized from the values as they are stored.
+
+    Raises `ConfigError` for missing, unexpected or misshapen tensors.
+    """
+    weights = empty_weights(config, dtype, device, quantization)
     by_name = {slot.name: slot for slot in slots(config, weights, _expert_naming(checkpoint))}
     _check_names(config, checkpoint, frozenset(by_name))
     for tensor in checkpoint.tensors:
@@ -97,6 +102,7 @@ def load_weights(
             _check_tensor(tensor, by_name[tensor.name])
     for path in sorted({tensor.file for tensor in checkpoint.tensors}):
         _copy_file(path, [by_name[t.name] for t in checkpoint.tensors if t.file == path and t.name in by_name])
+    tie(config, weights)
     return weights
 
 
@@ -152,10 +158,13 @@ def _check_tensor(tensor: StoredTensor, slot: Slot) -> None:
 def _copy_file(path: Path, targets: list[Slot]) -> None:
     with open_weights(path) as handle:
         for slot in targets:
-            slot.target.copy_(handle.get_tensor(slot.name))
+            try:
+                slot.target.copy_(handle.get_tensor(slot.name))
+            except ValueError as error:
+                raise ConfigError(f"{path}: {slot.name} cannot be quantized: it {error}") from None
 
 
 def save_weights(folder: Path, config: ModelConfig, weights: DecoderWeights, dtype: torch.dtype) -> None:
     """Write model.safetensors in `dtype`, under the names that hub checkpoints use."""
-    tensors = {slot.name: slot.target.to("cpu", dtype, copy=True) for slot in slots(config, weights)}
+    tensors = {slot.name: plain(slot.target).to("cpu", dtype, copy=True) for slot in slots(config, weights)}
     save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 KV_DTYPES = ("auto", "fp8_e4m3")
 PIPELINED = ("auto", "on", "off")
+QUANTIZATIONS = ("none", "int8")
 GPU_BLOCK_SIZE = 32  # tokens a KV block where nothing is said; larger ones leave more slots held and unused
 CPU_BLOCK_SIZE = 16
 
@@ -47,7 +48,8 @@ class BatchConfig:
 class EngineConfig:
     """One engine: which weights on which device, and how it batches. `threads` None leaves torch's default.
     `cuda_graphs` False runs decode steps operator by operator on CUDA too. `pipelined`: whether a step is scheduled
-    while the one before runs; auto is where decode steps are graphs."""
+    while the one before runs; auto is where decode steps are graphs. `quantization` int8 holds the layers' matrices and
+    the output projection as 8-bit integers; activations and KV stay as they are."""
 
     model: Path
     device: str = "cpu"
@@ -58,3 +60,4 @@ class EngineConfig:
     batch: BatchConfig = BatchConfig()
     cuda_graphs: bool = True
     pipelined: str = "auto"
+    quantization: str = "none"

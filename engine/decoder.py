@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from kvbaton.engine.matrix import Int8Matrix, Matrix
 from kvbaton.engine.model_config import ModelConfig
 from kvbaton.engine.moe import run_experts, runs_without_host_sync
 from kvbaton.engine.rope import rope_tables
@@ -90,14 +91,20 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [rows, hidden] of `forward` -> float32 [rows, vocab]."""
-        return F.linear(hidden, self.weights.lm_head).float()
+        return self._linear(hidden, self.weights.lm_head, None).float()
+
+    def _linear(self, x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [rows, in], matrix [out, in] -> [rows, out]."""
+        if isinstance(matrix, Int8Matrix):
+            return self._kernels.linear_int8(x, matrix.weight, matrix.scale, bias)
+        return F.linear(x, matrix, bias)
 
     def _attention(
         self, index: int, layer: AttentionWeights, x: torch.Tensor, kv_cache: torch.Tensor, meta: AttentionMeta
     ) -> torch.Tensor:
         """x [num_tokens, hidden] -> same shape."""
         config = self.config
-        qkv = F.linear(x, layer.qkv, layer.qkv_bias)
+        qkv = self._linear(x, layer.qkv, layer.qkv_bias)
         q, k, v = torch.split(qkv, [config.q_size, config.kv_size, config.kv_size], dim=-1)
         q = q.view(-1, config.num_heads, config.head_dim)
         k = k.view(-1, config.num_kv_heads, config.head_dim)
@@ -107,7 +114,7 @@ class Decoder:
             k = self._kernels.rms_norm(k, layer.k_norm, config.rms_norm_eps)
         q = self._kernels.rope_and_write_kv(q, k, v, self.rotary.cos, self.rotary.sin, kv_cache, index, meta)
         out = self._kernels.paged_attention(q, kv_cache, index, meta, self._scale, config.sliding_windows[index])
-        return F.linear(out.flatten(1), layer.out, layer.out_bias)
+        return self._linear(out.flatten(1), layer.out, layer.out_bias)
 
     def _mlp(self, layer: MlpWeights | MoeWeights, x: torch.Tensor) -> torch.Tensor:
         """x [num_tokens, hidden] -> same shape."""
@@ -115,5 +122,5 @@ class Decoder:
             if self.config.moe is None:
                 raise ValueError("expert weights in a model whose config has no experts")
             return run_experts(x, layer, self.config.moe, self._kernels)
-        inner = self._kernels.silu_mul(F.linear(x, layer.gate_up, layer.gate_up_bias))
-        return F.linear(inner, layer.down, layer.down_bias)
+        inner = self._kernels.silu_mul(self._linear(x, layer.gate_up, layer.gate_up_bias))
+        return self._linear(inner, layer.down, layer.down_bias)

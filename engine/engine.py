@@ -13,7 +13,7 @@ import time
 import torch
 
 from kvbaton.engine.batch import Pending, ScheduledRow, StepResult
-from kvbaton.engine.config import KV_DTYPES, PIPELINED, CacheConfig, ConfigError, EngineConfig
+from kvbaton.engine.config import KV_DTYPES, PIPELINED, QUANTIZATIONS, CacheConfig, ConfigError, EngineConfig
 from kvbaton.engine.cuda_graphs import CudaCapture, DecodeGraphs, GraphSizes
 from kvbaton.engine.decoder import Decoder
 from kvbaton.engine.device_sampler import DeviceSampler
@@ -79,7 +79,7 @@ class Engine:
         """Read the weights and make the pool. Raises `ConfigError` that says which setting or file is at fault."""
         _check(config)
         device = _device(config.device)
-        model = load_model(config.model, device, config.dtype, config.max_model_len)
+        model = load_model(config.model, device, config.dtype, config.max_model_len, config.quantization)
         return cls(config, model, device)
 
     @property
@@ -108,6 +108,7 @@ class Engine:
         return (
             ("model", self._fingerprint),
             ("dtype", str(geometry.dtype).removeprefix("torch.")),
+            ("quantization", self.config.quantization),
             ("num_layers", str(geometry.num_layers)),
             ("num_kv_heads", str(geometry.num_kv_heads)),
             ("head_dim", str(geometry.head_dim)),
@@ -127,6 +128,9 @@ def _check(config: EngineConfig) -> None:
         raise ConfigError(f"kv_dtype {cache.kv_dtype!r} is not supported; supported: {', '.join(KV_DTYPES)}")
     if config.pipelined not in PIPELINED:
         raise ConfigError(f"pipelined {config.pipelined!r} is not supported; supported: {', '.join(PIPELINED)}")
+    if config.quantization not in QUANTIZATIONS:
+        names = ", ".join(QUANTIZATIONS)
+        raise ConfigError(f"quantization {config.quantization!r} is not supported; supported: {names}")
     if config.max_model_len is not None and config.max_model_len < 2:
         raise ConfigError(f"max_model_len must be at least 2 (a token in, a token out), got {config.max_model_len}")
 

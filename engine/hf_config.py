@@ -29,6 +29,12 @@ def load_model_config(folder: Path) -> ModelConfig:
     return config
 
 
+def check_quantization(model: ModelConfig, quantization: str) -> None:
+    """Raise `ConfigError` for a model whose weights this engine cannot quantize."""
+    if quantization == "int8" and model.moe is not None:
+        raise ConfigError(f"quantization int8 is for models without experts; this one is a {model.architecture}")
+
+
 def parse_model_config(fields: JsonFields, extra_eos: tuple[int, ...] = ()) -> ModelConfig:
     """`extra_eos` are the end-of-sequence ids of generation_config.json, added to those of config.json."""
     arch = _architecture(fields)

@@ -24,7 +24,7 @@ _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """`fingerprint` is equal on two engines exactly when config and weights are."""
+    """`fingerprint` is equal on two engines exactly when config and weights are, as they are stored."""
 
     config: ModelConfig
     decoder: Decoder
@@ -32,25 +32,35 @@ class LoadedModel:
 
 
 def load_model(
-    folder: Path, device: torch.device, dtype: str = "auto", max_positions: int | None = None
+    folder: Path,
+    device: torch.device,
+    dtype: str = "auto",
+    max_positions: int | None = None,
+    quantization: str = "none",
 ) -> LoadedModel:
     """Raises `ConfigError` that names the file, tensor or option at fault. `dtype` auto is the one saved."""
     config = load_model_config(folder)
     checkpoint = Checkpoint.open(folder)
     chosen = resolve_dtype(config, dtype)
     started = time.monotonic()
-    weights = load_weights(config, checkpoint, chosen, device)
+    weights = load_weights(config, checkpoint, chosen, device, quantization)
     took_s, gigabytes = time.monotonic() - started, checkpoint.num_bytes / 1e9
-    log.info("%s: %.2f GB of weights on %s as %s in %.1f s", folder, gigabytes, device, chosen, took_s)
+    held = "int8" if quantization == "int8" else str(chosen)
+    log.info("%s: %.2f GB of weights on %s as %s in %.1f s", folder, gigabytes, device, held, took_s)
     decoder = Decoder(config, weights, kernels_for(device), max_positions)
     return LoadedModel(config, decoder, fingerprint(config, checkpoint.digest()))
 
 
 def random_model(
-    config: ModelConfig, seed: int, device: torch.device, dtype: str = "auto", max_positions: int | None = None
+    config: ModelConfig,
+    seed: int,
+    device: torch.device,
+    dtype: str = "auto",
+    max_positions: int | None = None,
+    quantization: str = "none",
 ) -> LoadedModel:
     """A model that behaves, without a checkpoint: for benchmarks."""
-    weights = random_weights(config, seed, resolve_dtype(config, dtype), device)
+    weights = random_weights(config, seed, resolve_dtype(config, dtype), device, quantization)
     decoder = Decoder(config, weights, kernels_for(device), max_positions)
     return LoadedModel(config, decoder, fingerprint(config, random_digest(seed)))
 

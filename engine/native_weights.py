@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from kvbaton.engine.decoder import Decoder
+from kvbaton.engine.matrix import plain
 from kvbaton.engine.weights import AttentionWeights, DecoderWeights, LayerWeights, MlpWeights
 from kvbaton.kernels.host_memory import zeroed_memory
 from kvbaton.kernels.native_lib import DTYPE_CODES, LayerStruct, ModelStruct
@@ -91,7 +92,7 @@ def pack_decoder(decoder: Decoder, library: ctypes.CDLL) -> NativeWeights:
         norm_eps=config.rms_norm_eps,
         scale=config.head_dim**-0.5,
         embed=None if tied else packer.keep(weights.embed),
-        lm_head=packer.pack(weights.lm_head),
+        lm_head=packer.pack(plain(weights.lm_head)),
         norm=packer.keep(weights.norm),
         cos=packer.keep(decoder.rotary.cos),
         sin=packer.keep(decoder.rotary.sin),
@@ -112,28 +113,28 @@ def _layer(packer: Packer, layer: LayerWeights, window: int | None) -> LayerStru
 
 
 def _point_at_attention(struct: LayerStruct, packer: Packer, attention: AttentionWeights) -> None:
-    struct.qkv = packer.pack(attention.qkv)
+    struct.qkv = packer.pack(plain(attention.qkv))
     struct.qkv_bias = packer.bias(attention.qkv_bias)
     struct.q_norm = packer.keep(attention.q_norm)
     struct.k_norm = packer.keep(attention.k_norm)
-    struct.out = packer.pack(attention.out)
+    struct.out = packer.pack(plain(attention.out))
     struct.out_bias = packer.bias(attention.out_bias)
 
 
 def _point_at_mlp(struct: LayerStruct, packer: Packer, mlp: MlpWeights) -> None:
-    struct.gate_up = packer.pack(mlp.gate_up, interleave=True)
+    struct.gate_up = packer.pack(plain(mlp.gate_up), interleave=True)
     struct.gate_up_bias = packer.bias(mlp.gate_up_bias, interleave=True)
-    struct.down = packer.pack(mlp.down)
+    struct.down = packer.pack(plain(mlp.down))
     struct.down_bias = packer.bias(mlp.down_bias)
 
 
 def _packed_bound(weights: DecoderWeights) -> int:
     """Bytes of all matrices with every side rounded up to whole panels."""
-    matrices = [weights.lm_head]
+    matrices = [plain(weights.lm_head)]
     for layer in weights.layers:
-        matrices += [layer.attention.qkv, layer.attention.out]
+        matrices += [plain(layer.attention.qkv), plain(layer.attention.out)]
         if isinstance(layer.mlp, MlpWeights):
-            matrices += [layer.mlp.gate_up, layer.mlp.down]
+            matrices += [plain(layer.mlp.gate_up), plain(layer.mlp.down)]
     return sum(_whole(m.shape[0] + PANEL, PANEL) * (m.shape[1] + 1) * m.element_size() for m in matrices)
 
 

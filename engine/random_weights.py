@@ -11,20 +11,29 @@ import math
 
 import torch
 
+from kvbaton.engine.matrix import Int8Matrix
 from kvbaton.engine.model_config import ModelConfig
-from kvbaton.engine.weights import DecoderWeights, Part, Slot, empty_weights, slots
+from kvbaton.engine.weights import DecoderWeights, Part, empty_weights, slots, tie
 
 _GAINS = {Part.Q: 1.6, Part.K: 1.6, Part.V: 1.0, Part.GATE: 1.0, Part.UP: 1.0, Part.ROUTER: 3.0, Part.LM_HEAD: 5.0}
 _OUTPUT_GAIN = 2.0
 _TIED_OUTPUT_GAIN = 8.0  # else the token just read, whose embedding is its own logit row, wins again
 
 
-def random_weights(config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
-    """The same values for the same (config, seed, dtype, kind of device)."""
-    weights = empty_weights(config, dtype, device)
+def random_weights(
+    config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device, quantization: str = "none"
+) -> DecoderWeights:
+    """The same values for the same (config, seed, dtype, kind of device); quantized, the integers nearest to them."""
+    weights = empty_weights(config, dtype, device, quantization)
     generator = torch.Generator(device).manual_seed(seed)
     for slot in slots(config, weights):
-        _fill(slot, config, generator)
+        if isinstance(slot.target, Int8Matrix):
+            values = torch.empty(slot.target.shape, dtype=dtype, device=device)
+            _fill(values, slot.part, config, generator)
+            slot.target.copy_(values)
+        else:
+            _fill(slot.target, slot.part, config, generator)
+    tie(config, weights)
     return weights
 
 
@@ -33,17 +42,17 @@ def random_digest(seed: int) -> str:
     return f"random-{seed}"
 
 
-def _fill(slot: Slot, config: ModelConfig, generator: torch.Generator) -> None:
-    if slot.part is Part.NORM:
-        slot.target.normal_(1.0, 0.1, generator=generator)
-    elif slot.part is Part.QK_NORM:
-        slot.target.normal_(1.6, 0.1, generator=generator)
-    elif slot.part is Part.BIAS:
-        slot.target.normal_(0.0, 0.1, generator=generator)
-    elif slot.part is Part.EMBED:
-        slot.target.normal_(0.0, 1.0, generator=generator)
+def _fill(values: torch.Tensor, part: Part, config: ModelConfig, generator: torch.Generator) -> None:
+    if part is Part.NORM:
+        values.normal_(1.0, 0.1, generator=generator)
+    elif part is Part.QK_NORM:
+        values.normal_(1.6, 0.1, generator=generator)
+    elif part is Part.BIAS:
+        values.normal_(0.0, 0.1, generator=generator)
+    elif part is Part.EMBED:
+        values.normal_(0.0, 1.0, generator=generator)
     else:
-        slot.target.normal_(0.0, _gain(slot.part, config) / math.sqrt(slot.target.shape[-1]), generator=generator)
+        values.normal_(0.0, _gain(part, config) / math.sqrt(values.shape[-1]), generator=generator)
 
 
 def _gain(part: Part, config: ModelConfig) -> float:

@@ -25,6 +25,7 @@ from kvbaton.engine.config import ConfigError
 from kvbaton.engine.decoder import Decoder
 from kvbaton.engine.greedy import generate
 from kvbaton.engine.hf_config import load_model_config
+from kvbaton.engine.matrix import plain
 from kvbaton.engine.model_config import ModelConfig
 from kvbaton.engine.model_loader import resolve_dtype
 from kvbaton.engine.random_weights import random_weights
@@ -118,9 +119,10 @@ def _choose_weights(config: ModelConfig, first_seed: int, tries: int) -> tuple[i
 
 def _prefer(token_ids: list[int], weights: DecoderWeights) -> None:
     """Make other tokens rare, so that a demonstration prints text and does not end early."""
-    rare = torch.ones(weights.lm_head.shape[0], dtype=torch.bool)
+    logit_rows = plain(weights.lm_head)
+    rare = torch.ones(logit_rows.shape[0], dtype=torch.bool)
     rare[token_ids] = False
-    weights.lm_head[rare] *= _UNLIKELY
+    logit_rows[rare] *= _UNLIKELY
 
 
 def _behaves(decoder: Decoder) -> bool:

@@ -5,7 +5,8 @@
     experts  the same two with a leading [num_experts]
 
 `empty_weights` allocates; `slots` names every part of every buffer as Hugging Face checkpoints do. Loading, saving and
-random initialisation are all one walk over the slots.
+random initialisation are all one walk over the slots, and `tie` at its end. A quantized model holds these matrices and
+`lm_head` as integers, and everything else, the embedding too, as it is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kvbaton.engine.hf_config import check_quantization
+from kvbaton.engine.matrix import Int8Matrix, Matrix, row_parts
 from kvbaton.engine.model_config import Architecture, ModelConfig, MoeConfig
 
 
@@ -23,9 +26,9 @@ from kvbaton.engine.model_config import Architecture, ModelConfig, MoeConfig
 class AttentionWeights:
     """Biases and norms that the family does not have are None."""
 
-    qkv: torch.Tensor  # [q_size + 2 * kv_size, hidden]
+    qkv: Matrix  # [q_size + 2 * kv_size, hidden]
     qkv_bias: torch.Tensor | None  # [q_size + 2 * kv_size]
-    out: torch.Tensor  # [hidden, q_size]
+    out: Matrix  # [hidden, q_size]
     out_bias: torch.Tensor | None  # [hidden]
     q_norm: torch.Tensor | None  # [head_dim]
     k_norm: torch.Tensor | None  # [head_dim]
@@ -33,9 +36,9 @@ class AttentionWeights:
 
 @dataclass(frozen=True, slots=True)
 class MlpWeights:
-    gate_up: torch.Tensor  # [2 * intermediate, hidden]
+    gate_up: Matrix  # [2 * intermediate, hidden]
     gate_up_bias: torch.Tensor | None  # [2 * intermediate]
-    down: torch.Tensor  # [hidden, intermediate]
+    down: Matrix  # [hidden, intermediate]
     down_bias: torch.Tensor | None  # [hidden]
 
 
@@ -56,12 +59,12 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
-    """`lm_head` is the same tensor as `embed` where the model ties them."""
+    """`lm_head` is the same tensor as `embed` where the model ties them and is not quantized."""
 
     embed: torch.Tensor  # [vocab, hidden]
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor  # [hidden]
-    lm_head: torch.Tensor  # [vocab, hidden]
+    lm_head: Matrix  # [vocab, hidden]
 
 
 class Part(enum.Enum):
@@ -84,42 +87,51 @@ class Part(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """`target` is a view: writing to it fills that part of a fused buffer. A checkpoint's tensor has its shape."""
+    """`target` is a view: `copy_` fills that part of a fused buffer. A checkpoint's tensor has its shape."""
 
     name: str
-    target: torch.Tensor
+    target: Matrix
     part: Part
 
 
 @dataclass(frozen=True, slots=True)
 class Allocator:
-    """Uninitialised tensors of one dtype on one device."""
+    """Uninitialised tensors of one dtype on one device; matrices of integers where `int8`."""
 
     dtype: torch.dtype
     device: torch.device
+    int8: bool = False
 
     def __call__(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
+    def matrix(self, rows: int, columns: int) -> Matrix:
+        """[rows, columns]"""
+        return Int8Matrix.empty(rows, columns, self.device) if self.int8 else self(rows, columns)
 
-def empty_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
-    """Every buffer of the model, uninitialised."""
-    new = Allocator(dtype, device)
+
+def empty_weights(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, quantization: str = "none"
+) -> DecoderWeights:
+    """Every buffer of the model, uninitialised. Raises `ConfigError` for a model that cannot be quantized."""
+    check_quantization(config, quantization)
+    int8 = quantization == "int8"
+    new = Allocator(dtype, device, int8)
     embed = new(config.vocab_size, config.hidden_size)
     return DecoderWeights(
         embed=embed,
         layers=tuple(_empty_layer(config, layer, new) for layer in range(config.num_layers)),
         norm=new(config.hidden_size),
-        lm_head=embed if config.tie_word_embeddings else new(config.vocab_size, config.hidden_size),
+        lm_head=embed if config.tie_word_embeddings and not int8 else new.matrix(*embed.shape),
     )
 
 
 def _empty_layer(config: ModelConfig, layer: int, new: Allocator) -> LayerWeights:
     hidden, qkv = config.hidden_size, config.q_size + 2 * config.kv_size
     attention = AttentionWeights(
-        qkv=new(qkv, hidden),
+        qkv=new.matrix(qkv, hidden),
         qkv_bias=new(qkv) if config.qkv_bias else None,
-        out=new(hidden, config.q_size),
+        out=new.matrix(hidden, config.q_size),
         out_bias=new(hidden) if config.o_bias else None,
         q_norm=new(config.head_dim) if config.qk_norm else None,
         k_norm=new(config.head_dim) if config.qk_norm else None,
@@ -131,9 +143,9 @@ def _empty_layer(config: ModelConfig, layer: int, new: Allocator) -> LayerWeight
 def _empty_mlp(config: ModelConfig, new: Allocator) -> MlpWeights:
     hidden, inner = config.hidden_size, config.intermediate_size
     return MlpWeights(
-        gate_up=new(2 * inner, hidden),
+        gate_up=new.matrix(2 * inner, hidden),
         gate_up_bias=new(2 * inner) if config.mlp_bias else None,
-        down=new(hidden, inner),
+        down=new.matrix(hidden, inner),
         down_bias=new(hidden) if config.mlp_bias else None,
     )
 
@@ -167,14 +179,20 @@ def slots(
         else:
             yield from _expert_slots(prefix, config, layer.mlp)
     yield Slot("model.norm.weight", weights.norm, Part.NORM)
-    if weights.lm_head is not weights.embed:
+    if not config.tie_word_embeddings:
         yield Slot("lm_head.weight", weights.lm_head, Part.LM_HEAD)
+
+
+def tie(config: ModelConfig, weights: DecoderWeights) -> None:
+    """Once all slots are filled: the integers of a tied output projection, from the embedding."""
+    if config.tie_word_embeddings and isinstance(weights.lm_head, Int8Matrix):
+        weights.lm_head.copy_(weights.embed)
 
 
 def _attention_slots(prefix: str, config: ModelConfig, attention: AttentionWeights) -> Iterator[Slot]:
     sizes = [config.q_size, config.kv_size, config.kv_size]
     projections = (("q_proj", Part.Q), ("k_proj", Part.K), ("v_proj", Part.V))
-    for (name, part), rows in zip(projections, torch.split(attention.qkv, sizes), strict=True):
+    for (name, part), rows in zip(projections, row_parts(attention.qkv, sizes), strict=True):
         yield Slot(f"{prefix}.{name}.weight", rows, part)
     if attention.qkv_bias is not None:
         for (name, _), rows in zip(projections, torch.split(attention.qkv_bias, sizes), strict=True):
@@ -188,7 +206,7 @@ def _attention_slots(prefix: str, config: ModelConfig, attention: AttentionWeigh
 
 
 def _mlp_slots(prefix: str, mlp: MlpWeights) -> Iterator[Slot]:
-    gate, up = mlp.gate_up.chunk(2)
+    gate, up = row_parts(mlp.gate_up, [mlp.gate_up.shape[0] // 2] * 2)
     yield Slot(f"{prefix}.gate_proj.weight", gate, Part.GATE)
     yield Slot(f"{prefix}.up_proj.weight", up, Part.UP)
     yield Slot(f"{prefix}.down_proj.weight", mlp.down, Part.DOWN)

@@ -44,7 +44,7 @@ def linear_int8(
     Sums in float32; `_OUTPUTS` rows of the weight are floats at a time.
     """
     wide = x.float()
-    parts = [F.linear(wide, some.float()) for some in weight.split(_OUTPUTS)]
+    parts = [F.linear(wide, some.float()) for some in torch.split(weight, _OUTPUTS)]
     out = torch.cat(parts, dim=-1) * scale
     return (out if bias is None else out + bias.float()).to(x.dtype)
 

@@ -119,6 +119,7 @@ def test_prefix_cache_can_be_off(config: EngineConfig) -> None:
         ({"cache": CacheConfig(block_size=0)}, "block_size must be at least 1, got 0"),
         ({"cache": CacheConfig(gpu_memory_fraction=0.0)}, r"gpu_memory_fraction must be in \(0, 1\], got 0.0"),
         ({"cache": CacheConfig(kv_memory_bytes=1000)}, "KV memory of 1000 bytes is less than 2 blocks"),
+        ({"quantization": "int4"}, "quantization 'int4' is not supported; supported: none, int8"),
         ({"model": Path("/does/not/exist")}, "/does/not/exist"),
     ],
 )
@@ -139,14 +140,15 @@ def test_compatibility_names_what_differs(config: EngineConfig, tiny_model: Tiny
     """Guards HELLO: equal engines agree, and each difference shows under its own name."""
     engine = Engine.load(config)
     base = dict(engine.compatibility())
-    order = ["model", "dtype", "num_layers", "num_kv_heads", "head_dim", "block_size", "kv_layout"]
+    order = ["model", "dtype", "quantization", "num_layers", "num_kv_heads", "head_dim", "block_size", "kv_layout"]
     assert [name for name, _ in engine.compatibility()] == order
-    assert list(base.values())[1:] == ["float32", "4", "2", "16", "16", "1"]
+    assert list(base.values())[1:] == ["float32", "none", "4", "2", "16", "16", "1"]
     assert base == dict(Engine.load(replace(config, max_model_len=64)).compatibility())
     blocks = replace(config, cache=CacheConfig(block_size=32, kv_memory_bytes=1 << 20))
     for other, names in (
         (blocks, {"block_size"}),
         (replace(config, dtype="bfloat16"), {"dtype"}),
+        (replace(config, quantization="int8"), {"quantization"}),
         (replace(config, model=tiny_model("qwen2")), {"model"}),
     ):
         fields = dict(Engine.load(other).compatibility())
