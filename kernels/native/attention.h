@@ -18,7 +18,11 @@
 #define ASK 4096 /* bytes: how far before its use a row of the pool is asked for */
 #endif
 #define VALUE_DIMS (4 * LANES) /* dimensions that are summed together */
-#define TILE_Q (4 * TILE_ROWS) /* (query, head) rows whose scores exist at a time */
+#if defined(AMX)
+#define TILE_Q (2 * AMX_ROWS) /* (query, head) rows whose scores exist at a time */
+#else
+#define TILE_Q (4 * TILE_ROWS)
+#endif
 
 /* Where one sequence's keys of one (layer, KV head) are: token t lies in block table[t / size]. */
 typedef struct {
@@ -422,12 +426,12 @@ static void FN(tile_span)(const kvb_heads *h, FN(prefill_work) * w, int64_t rows
                           const int64_t *position) {
     int64_t dim = h->head_dim, wide = padded(dim), key_panel = FN(panel_size)(dim), value_panel = FN(panel_size)(SPAN);
     int64_t last = position[rows - 1] + 1, first = h->window ? max_of(0, position[0] + 1 - h->window) : 0;
-    int64_t low = max_of(first - from, 0) / PANEL, high = (min_of(to, last) - from + PANEL - 1) / PANEL;
+    int64_t height = FN(tile_rows)(), low = max_of(first - from, 0) / PANEL, high = (min_of(to, last) - from + PANEL - 1) / PANEL;
     if (low >= high) return;
     float *acc = w->acc + tile * wide, *top = w->top + tile, *sum = w->sum + tile;
     for (int64_t p = low; p < high; p++)
-        for (int64_t r = 0; r < rows; r += TILE_ROWS)
-            FN(tile)(min_of(TILE_ROWS, rows - r), w->rows + r * dim, dim, w->keys + p * key_panel, dim,
+        for (int64_t r = 0; r < rows; r += height)
+            FN(tile)(min_of(height, rows - r), w->rows + r * dim, dim, w->keys + p * key_panel, dim,
                      w->scores + (p * TILE_Q + r) * PANEL, 0, (const char *)w->keys, 0);
     for (int64_t r = 0; r < rows; r++) {
         int64_t end = min_of(to, position[r] + 1) - from, start = h->window ? position[r] + 1 - h->window - from : 0;
@@ -439,14 +443,14 @@ static void FN(tile_span)(const kvb_heads *h, FN(prefill_work) * w, int64_t rows
             for (int64_t c = 0; c < PANEL; c += LANES) best = vmax(best, vload(s + c));
         }
         float largest = max_lanes(best) * (float)h->scale;
-        float *row_acc = acc + r / TILE_ROWS * TILE_ROWS * wide + r % TILE_ROWS * PANEL;
+        float *row_acc = acc + r / height * height * wide + r % height * PANEL;
         if (largest > top[r]) {
             float shrink = expf(top[r] - largest); /* 0 at first */
             top[r] = largest;
             sum[r] *= shrink;
             for (int64_t d = 0; d < wide; d += PANEL)
                 for (int64_t c = 0; c < PANEL; c += LANES) {
-                    float *a = row_acc + d * min_of(TILE_ROWS, rows - r / TILE_ROWS * TILE_ROWS) + c;
+                    float *a = row_acc + d * min_of(height, rows - r / height * height) + c;
                     vstore(a, vload(a) * shrink);
                 }
         }
@@ -460,8 +464,8 @@ static void FN(tile_span)(const kvb_heads *h, FN(prefill_work) * w, int64_t rows
         sum[r] += sum_lanes(total);
     }
     for (int64_t d = 0; d < wide; d += PANEL)
-        for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-            int64_t some = min_of(TILE_ROWS, rows - r);
+        for (int64_t r = 0; r < rows; r += height) {
+            int64_t some = min_of(height, rows - r);
             FN(tile)(some, w->weights + r * SPAN + low * PANEL, SPAN,
                      w->values + d / PANEL * value_panel + low * PANEL * PANEL, (high - low) * PANEL,
                      acc + r * wide + d * some, 1, (const char *)w->values, 0);
@@ -495,7 +499,7 @@ static void FN(prefill_item)(const kvb_heads *h, const kvb_batch *b, const FN(ac
     }
     for (int64_t r = 0; r < rows; r++) {
         int64_t tile = r / TILE_Q * TILE_Q, in_tile = r - tile, some = min_of(TILE_Q, rows - tile);
-        int64_t base = in_tile / TILE_ROWS * TILE_ROWS, height = min_of(TILE_ROWS, some - base);
+        int64_t most = FN(tile_rows)(), base = in_tile / most * most, height = min_of(most, some - base);
         FN(act) *y = out + ((token + r / group) * h->num_heads + first + r % group) * dim;
         float inverse = 1.0f / w.sum[r];
         for (int64_t d = 0; d < dim; d += LANES) {
@@ -535,6 +539,7 @@ static void FN(attend)(member *me, const kvb_heads *h, const kvb_batch *b, const
         int64_t block = query_blocks(h, b, seq) - 1 - left / h->num_kv_heads;
         FN(prefill_item)(h, b, q, out, seq, left % h->num_kv_heads, block, scratch);
     }
+    amx_done();
     s = share_of(me, decodes, decodes / (8 * me->size));
     for (int64_t from, to; share_take(&s, &from, &to);)
         for (int64_t item = from; item < to; item++) FN(decode_item)(h, b, q, out, parts, item, ranges, scratch);

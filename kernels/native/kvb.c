@@ -19,7 +19,11 @@
     }
 
 const char *kvb_describe(void) {
-#if defined(BF16_DOT)
+#if defined(AMX)
+    if (amx_state == AMX_ON) return "16 lanes, bfloat16 products in AMX tiles";
+    if (amx_state == AMX_OFF) return "16 lanes, bfloat16 products; AMX is off (KVBATON_AMX=0)";
+    return "16 lanes, bfloat16 products; the system declined AMX";
+#elif defined(BF16_DOT)
     return "16 lanes, bfloat16 products";
 #elif LANES == 16
     return "16 lanes";

@@ -1,11 +1,13 @@
 /* Products with packed weights: y = x W^T + bias, a panel of 32 output columns at a time.
  *
  * Every output is one chain of multiply-adds over the inputs in order, whatever the number of rows, so a row's result is
- * the same to the last bit alone and in company.
+ * the same to the last bit alone and in company. Where the processor has AMX, all bfloat16 tiles are those of amx.h.
  */
 
 #ifndef KVB_LINEAR_ONCE
 #define KVB_LINEAR_ONCE
+#include "amx.h"
+
 #define PANEL 32
 #if LANES == 16
 #define TILE_ROWS 12 /* 12 x 2 accumulators of 32 registers */
@@ -42,6 +44,15 @@ typedef struct {
 } FN(product);
 
 INLINE int64_t FN(panel_size)(int64_t in) { return PANEL * (PAIRED ? (in + 1) / 2 * 2 : in); }
+
+#undef IN_AMX
+#if DTYPE == 2 && defined(AMX)
+#define IN_AMX (amx_state == AMX_ON)
+#else
+#define IN_AMX 0
+#endif
+/* Rows that FN(tile) takes at most. */
+INLINE int64_t FN(tile_rows)(void) { return IN_AMX ? AMX_ROWS : TILE_ROWS; }
 
 /* sums[rows][PANEL] (+)= x[rows][depth] times `depth` inputs of a panel. */
 #define TILE(ROWS)                                                                                                     \
@@ -127,6 +138,12 @@ TILE(12)
 
 static void FN(tile)(int64_t rows, const FN(act) * x, int64_t x_stride, const FN(store) * w, int64_t depth, float *sums,
                      int more, const char *ahead, int64_t step) {
+#if DTYPE == 2 && defined(AMX)
+    if (IN_AMX) {
+        amx_tile(rows, x, x_stride, w, depth, sums, more, ahead, step);
+        return;
+    }
+#endif
     switch (rows) {
 #define CASE(ROWS)                                                                                                     \
     case ROWS: FN(tile##ROWS)(x, x_stride, w, depth, sums, more, ahead, step); return;
@@ -193,9 +210,9 @@ static void FN(finish)(const FN(product) * p, const float *sums, int64_t first, 
 static void FN(panel)(const FN(product) * p, int64_t panel, int64_t first, int64_t last) {
     const FN(store) *w = p->w + panel * FN(panel_size)(p->in);
     float sums[ROW_BLOCK * PANEL] __attribute__((aligned(64)));
-    int64_t block = p->in > DEPTH ? ROW_BLOCK : TILE_ROWS;
-    int64_t tiles = (last - first + TILE_ROWS - 1) / TILE_ROWS;
-    if (block == TILE_ROWS) { /* one pass: tiles of even size */
+    int64_t height = FN(tile_rows)(), tiles = (last - first + height - 1) / height;
+    int64_t pass = IN_AMX && tiles > 2 ? AMX_DEPTH : DEPTH, block = ROW_BLOCK / height * height;
+    if (p->in <= pass) { /* one pass: tiles of even size */
         int64_t bytes = FN(panel_size)(p->in) * (int64_t)sizeof *w;
         const char *ahead = (const char *)w + (tiles > 1 ? bytes : AHEAD);
         for (int64_t row = first, n = 0; tiles; tiles--, n++) {
@@ -209,12 +226,18 @@ static void FN(panel)(const FN(product) * p, int64_t panel, int64_t first, int64
     }
     for (int64_t row = first; row < last; row += block) {
         int64_t end = row + block < last ? row + block : last;
-        for (int64_t k = 0; k < p->in; k += DEPTH) {
-            int64_t depth = p->in - k < DEPTH ? p->in - k : DEPTH;
-            for (int64_t at = row; at < end; at += TILE_ROWS) {
-                int64_t rows = end - at < TILE_ROWS ? end - at : TILE_ROWS;
+        for (int64_t k = 0; k < p->in; k += pass) {
+            int64_t depth = p->in - k < pass ? p->in - k : pass, bytes = depth * PANEL * (int64_t)sizeof *w;
+            const char *part = (const char *)(w + k * PANEL);
+            for (int64_t at = row; at < end; at += height) {
+                int64_t rows = end - at < height ? end - at : height, n = (at - row) / height, step = STEP;
+                const char *ask = part + AHEAD;
+                if (pass < DEPTH) { /* short parts: the first two tiles ask for the next one, the others for nothing */
+                    ask = part + bytes + n * bytes / 2;
+                    step = n < 2 ? STEP / 2 : 0;
+                }
                 FN(tile)(rows, p->x + at * p->x_stride + k, p->x_stride, w + k * PANEL, depth, sums + (at - row) * PANEL,
-                         k > 0, (const char *)(w + k * PANEL) + AHEAD, STEP);
+                         k > 0, ask, step);
             }
         }
         FN(finish)(p, sums, row, end - row, panel * PANEL);
@@ -226,13 +249,14 @@ static void FN(panel)(const FN(product) * p, int64_t panel, int64_t first, int64
 static void FN(multiply)(member *me, const FN(product) * p) {
     int64_t panels = (p->out + PANEL - 1) / PANEL, rows = X_BYTES / (p->in * (int64_t)sizeof *p->x) + 1;
     int64_t cuts = (p->rows + rows - 1) / rows;
-    while (panels * cuts < 4 * me->size && p->rows / (cuts + 1) >= 2 * TILE_ROWS) cuts++;
+    while (panels * cuts < 4 * me->size && p->rows / (cuts + 1) >= 2 * FN(tile_rows)()) cuts++;
     share s = share_of(me, panels * cuts, panels / (8 * me->size));
     for (int64_t from, to; share_take(&s, &from, &to);)
         for (int64_t item = from; item < to; item++) {
             int64_t cut = item / panels;
             FN(panel)(p, item % panels, p->rows * cut / cuts, p->rows * (cut + 1) / cuts);
         }
+    amx_done();
 }
 
 /* Packs rows of weight [out][in] into panels. `interleave`: 16 rows of the first half, then 16 of the second. */
