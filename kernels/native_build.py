@@ -24,9 +24,9 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "native"
-SWITCH = "KVBATON_NATIVE"  # "0" turns native kernels off
-_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=default")
-_LIBRARIES = ("-lpthread", "-lm")
+SWITCH = "KVBATON_NATIVE"  # "0" turns native kernels off; KVBATON_AMX=0 only what native/amx.h does
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=default")
+LIBRARIES = ("-lpthread", "-lm")
 _TIMEOUT_S = 600
 
 
@@ -88,7 +88,7 @@ def _digest(compiler: str) -> str:
     for source in sorted(SOURCES.iterdir()):
         if source.suffix in (".c", ".h"):
             state.update(source.name.encode() + source.read_bytes())
-    state.update(" ".join((compiler, _version(compiler), *_FLAGS, _processor())).encode())
+    state.update(" ".join((compiler, _version(compiler), *FLAGS, _processor())).encode())
     return state.hexdigest()
 
 
@@ -119,7 +119,7 @@ def _compile(compiler: str, path: Path) -> None:
     os.close(handle)
     unfinished = Path(name)
     sources = [str(source) for source in sorted(SOURCES.glob("*.c"))]
-    command = [compiler, *_FLAGS, *sources, "-o", name, *_LIBRARIES]
+    command = [compiler, *FLAGS, *sources, "-o", name, *LIBRARIES]
     log.info("compiling CPU kernels into %s", path)
     try:
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TIMEOUT_S)

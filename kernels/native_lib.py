@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -88,14 +89,20 @@ _SIGNATURES: tuple[tuple[str, object, Sequence[object]], ...] = (
 def native_library() -> ctypes.CDLL | None:
     """The library, or None with one notice in the log where there is none."""
     try:
-        library = ctypes.CDLL(str(built_library()))
+        library = load_library(built_library())
     except (NativeUnavailable, OSError) as error:
         log.warning("CPU kernels fall back to plain PyTorch, which is slower: %s", error)
         return None
+    log.info("CPU kernels: %s", library.kvb_describe().decode())
+    return library
+
+
+def load_library(path: Path) -> ctypes.CDLL:
+    """The library at `path` with its signatures declared. Raises OSError."""
+    library = ctypes.CDLL(str(path))
     for name, result, arguments in _SIGNATURES:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    log.info("CPU kernels: %s", library.kvb_describe().decode())
     return library
 
 
