@@ -75,7 +75,7 @@ class SamplingParams:
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise InvalidRequest(f"{name} must be in [{low:g}, {high:g}], got {value}", name)
+                raise InvalidRequest(f"{name} must be in [{low}, {high}], got {value}", name)
         if not 0.0 < self.top_p <= 1.0:
             raise InvalidRequest(f"top_p must be in (0, 1], got {self.top_p}", "top_p")
         if self.repetition_penalty <= 0.0:
@@ -84,13 +84,13 @@ class SamplingParams:
             raise InvalidRequest(f"min_tokens ({self.min_tokens}) exceeds max_tokens ({self.max_tokens})", "min_tokens")
 
 
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("temperature", 0.0, 2.0),
+_RANGES: tuple[tuple[str, int, int], ...] = (
+    ("temperature", 0, 2),
     ("top_k", 0, 1 << 31),
-    ("min_p", 0.0, 1.0),
-    ("presence_penalty", -2.0, 2.0),
-    ("frequency_penalty", -2.0, 2.0),
-    ("repetition_penalty", 0.0, 100.0),
+    ("min_p", 0, 1),
+    ("presence_penalty", -2, 2),
+    ("frequency_penalty", -2, 2),
+    ("repetition_penalty", 0, 100),
     ("logprobs", 0, MAX_TOP_LOGPROBS),
     ("prompt_logprobs", 0, MAX_TOP_LOGPROBS),
     ("n", 1, MAX_SAMPLES),

@@ -81,7 +81,7 @@ class HttpLimits:
 
     max_body_bytes: int = 8 << 20
     max_prompts: int = 2048
-    max_stop_strings: int = 64
+    max_stop_strings: int = 4
     max_stop_chars: int = 4096
 
 

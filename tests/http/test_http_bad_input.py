@@ -113,7 +113,7 @@ async def test_json_that_is_no_object(tokenizer: Tokenizer, path: str, raw: byte
         ("stop", 3),
         ("stop", ""),
         ("stop", ["a", ""]),
-        ("stop", ["x"] * 65),
+        ("stop", ["a", "b", "c", "d", "e"]),
         ("stop", "x" * 5000),
         ("stop_token_ids", [VOCAB_SIZE]),
         ("stop_token_ids", ["a"]),
@@ -142,6 +142,33 @@ async def test_field_out_of_range_or_of_the_wrong_type(
     assert error["param"] is not None
     assert error["param"].split(".")[0].split("[")[0] == field
     assert field in error["message"] or "stop token id" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("top_k", -2, "top_k must be in [0, 2147483648], got -2"),
+        ("top_k", (1 << 31) + 1, "top_k must be in [0, 2147483648], got 2147483649"),
+        ("seed", 1 << 63, "seed must be in [-9223372036854775808, 9223372036854775807], got 9223372036854775808"),
+        ("temperature", 2.5, "temperature must be in [0, 2], got 2.5"),
+        ("presence_penalty", -3, "presence_penalty must be in [-2, 2], got -3.0"),
+        ("n", 17, "n must be in [1, 16], got 17"),
+        ("stop", ["a", "b", "c", "d", "e"], "stop has 5 strings; at most 4 are allowed"),
+    ],
+)
+async def test_a_refusal_says_what_is_allowed_in_plain_numbers(
+    tokenizer: Tokenizer, field: str, value: object, message: str
+) -> None:
+    """Guards against bounds such as 2.14748e+09, which is neither the limit nor a number that the field takes."""
+    error = await refuse(tokenizer, TEXT, {"prompt": "Hi", "max_tokens": 20, field: value})
+    assert error["message"] == message
+
+
+async def test_four_stop_strings_are_taken(tokenizer: Tokenizer) -> None:
+    client = ScriptedClient(say(tokenizer, "ab"))
+    body = {"prompt": "Hi", "max_tokens": 20, "stop": ["w", "x", "y", "z"]}
+    response = await post(tokenizer, TEXT, json.dumps(body).encode(), client)
+    assert response.json()["choices"][0]["text"] == "ab"
 
 
 @pytest.mark.parametrize("digits", [400, 4200, 5000])
