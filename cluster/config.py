@@ -1,7 +1,7 @@
 """The configuration of a whole cluster, by composition; frozen. `cluster/config_file.py` reads it from YAML and flags.
 
-Every field's type says what is allowed (`Range`, `OneOf`, `ByteSize`), so one reader checks them all and names the
-path of a wrong one. Derived values are return values: nothing here changes after it is built.
+Every field's type says what is allowed (`Range`, `OneOf`, `NumberOr`, `ByteSize`), so one reader checks them all and
+names the path of a wrong one. Derived values are return values: nothing here changes after it is built.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated
 
 from kvbaton.engine.config import (
     CPU_BLOCK_SIZE,
+    DEFAULT_CHUNK_TOKENS,
     GPU_BLOCK_SIZE,
     KV_DTYPES,
     PIPELINED,
@@ -24,6 +25,7 @@ from kvbaton.engine.config import (
 from kvbaton.kvtransfer.settings import CHECKSUM_OFF, CHECKSUMS
 
 GIB = 1 << 30
+AUTO = "auto"
 GPU_STEP_TIMEOUT_S = 60.0  # the first steps may compile kernels
 CPU_STEP_TIMEOUT_S = 300.0
 
@@ -41,6 +43,15 @@ class OneOf:
     """The only strings allowed."""
 
     values: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NumberOr:
+    """A whole number between inclusive bounds, or this word."""
+
+    word: str
+    low: int
+    high: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +99,8 @@ class PoolSettings:
 class EngineSettings:
     """One engine's device and limits. `block_size` None: 32 tokens on a GPU, 16 on CPU. `threads` None: the
     machine's cores divided among its engines. `gpus` below 1 lets engines share a GPU, its memory divided alike. An
-    engine with a step that takes `step_timeout_s` (None: 60 on a GPU, 300 on CPU) hangs, and is replaced."""
+    engine with a step that takes `step_timeout_s` (None: 60 on a GPU, 300 on CPU) hangs, and is replaced.
+    `prefill_chunk_tokens` auto: measured at the engine's start; None: auto on a GPU, 512 on CPU."""
 
     device: Annotated[str, OneOf(("auto", "cpu", "cuda"))] = "auto"
     gpus: Fraction = 1.0
@@ -100,7 +112,7 @@ class EngineSettings:
     pipelined: Annotated[str, OneOf(PIPELINED)] = "auto"
     quantization: Annotated[str, OneOf(QUANTIZATIONS)] = "none"
     max_tokens_per_step: Annotated[int, Range(1, 1 << 20)] = 2048
-    prefill_chunk_tokens: Annotated[int, Range(1, 1 << 20)] = 512
+    prefill_chunk_tokens: Annotated[int | str, NumberOr(AUTO, 1, 1 << 20)] | None = None
     max_running: Annotated[int, Range(1, 65536)] = 256
     max_waiting: Annotated[int, Range(1, 1 << 20)] = 4096
     threads: Annotated[int, Range(1, 1024)] | None = None
@@ -193,11 +205,9 @@ class ClusterConfig:
             raise ConfigError(f"pools: no engine can {missing}; set --{missing} 1, or --hybrid 1")
         if not all(key.strip() for key in self.security.api_keys):
             raise ConfigError("security.api_keys: a key is empty")
-        if self.engine.prefill_chunk_tokens > self.engine.max_tokens_per_step:
-            raise ConfigError(
-                f"engine.prefill_chunk_tokens ({self.engine.prefill_chunk_tokens}) exceeds "
-                f"engine.max_tokens_per_step ({self.engine.max_tokens_per_step})"
-            )
+        chunk, most = self.engine.prefill_chunk_tokens, self.engine.max_tokens_per_step
+        if isinstance(chunk, int) and chunk > most:
+            raise ConfigError(f"engine.prefill_chunk_tokens ({chunk}) exceeds engine.max_tokens_per_step ({most})")
 
     def step_timeout_s(self, device: str) -> float:
         """How long a step may take on a resolved device."""
@@ -208,6 +218,8 @@ class ClusterConfig:
         """What one engine gets. `device` is resolved: "cpu" or "cuda"."""
         engine = self.engine
         default_block_size = GPU_BLOCK_SIZE if device == "cuda" else CPU_BLOCK_SIZE
+        default_chunk = min(DEFAULT_CHUNK_TOKENS, engine.max_tokens_per_step)
+        chunk = engine.prefill_chunk_tokens or (AUTO if device == "cuda" else default_chunk)
         return EngineConfig(
             model=self.model.path.resolve(),
             device=device,
@@ -223,10 +235,11 @@ class ClusterConfig:
             ),
             batch=BatchConfig(
                 max_tokens_per_step=engine.max_tokens_per_step,
-                prefill_chunk_tokens=engine.prefill_chunk_tokens,
+                prefill_chunk_tokens=chunk if isinstance(chunk, int) else default_chunk,
                 max_running=engine.max_running,
                 max_waiting=engine.max_waiting,
             ),
+            measure_chunk=chunk == AUTO,
             pipelined=engine.pipelined,
             quantization=engine.quantization,
         )

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 
 import yaml
 
-from kvbaton.cluster.config import ByteSize, ClusterConfig, OneOf, Range
+from kvbaton.cluster.config import ByteSize, ClusterConfig, NumberOr, OneOf, Range
 from kvbaton.engine.config import ConfigError
 
 T = TypeVar("T")
@@ -164,6 +164,8 @@ def _value(hint: Any, value: object, place: Place) -> object:
 def _ruled(base: Any, rule: object, value: object, place: Place) -> object:
     if isinstance(rule, ByteSize):
         return _byte_size(rule, value, place)
+    if isinstance(rule, NumberOr):
+        return _number_or(rule, value, place)
     result = _plain(base, value, place)
     if isinstance(rule, OneOf) and result not in rule.values:
         near = difflib.get_close_matches(str(result), rule.values, n=1)
@@ -173,6 +175,14 @@ def _ruled(base: Any, rule: object, value: object, place: Place) -> object:
         bounds = f"at least {rule.low:g}" if rule.high == float("inf") else f"from {rule.low:g} to {rule.high:.10g}"
         raise place.error(f"must be {bounds}, got {result}")
     return result
+
+
+def _number_or(rule: NumberOr, value: object, place: Place) -> object:
+    if value == rule.word:
+        return value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise place.error(f"expected a whole number or '{rule.word}', got {_kind(value)}")
+    return _ruled(int, Range(rule.low, rule.high), value, place)
 
 
 def _plain(kind: type, value: object, place: Place) -> object:

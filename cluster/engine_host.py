@@ -288,7 +288,7 @@ async def _assemble(host: EngineHost, engine: Engine, settings: EngineHostSettin
         on_event=sink,
         clock=time.monotonic,
     )
-    worker = Worker(engine, agent, settings.engine.batch)
+    worker = Worker(engine, agent, engine.limits)
     sessions = SessionServer(host, settings.host, 0, settings.secret, settings.engine_id, settings.generation)
     prefixes = PrefixPublisher(store, settings.engine_id, settings.generation, sink.want_snapshot)
     steps = StepLoop(worker, _Publisher(host, sessions, prefixes))
@@ -309,6 +309,7 @@ async def _assemble(host: EngineHost, engine: Engine, settings: EngineHostSettin
         max_model_len=engine.max_model_len,
         block_size=engine.geometry.block_size,
         num_blocks=engine.kv.num_blocks,
+        prefill_chunk_tokens=engine.limits.prefill_chunk_tokens,
     )
     registration = Registration(store, info)
     await registration.start()

@@ -46,6 +46,11 @@ _SERIES = (
         "kvbaton_engine_kv_blocks_total", "Size of the KV pool in blocks.", lambda info, load: (("", info.num_blocks),)
     ),
     Series(
+        "kvbaton_engine_prefill_chunk_tokens",
+        "Longest prefill chunk of an engine, set or measured at its start.",
+        lambda info, load: (("", info.prefill_chunk_tokens),),
+    ),
+    Series(
         "kvbaton_engine_requests",
         "Requests at an engine by state.",
         lambda info, load: (('state="waiting"', load.waiting_requests), ('state="running"', load.running_requests)),

@@ -73,6 +73,7 @@ _INFO_TYPES: dict[str, type] = {
     "block_size": int,
     "num_blocks": int,
     "reason": str,
+    "prefill_chunk_tokens": int,
 }
 
 

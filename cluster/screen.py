@@ -69,8 +69,8 @@ class Screen:
 
     def pools(self, engines: Sequence[EngineInfo]) -> None:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("engine", "role", "state", "KV blocks", "tokens", "session", "kv"):
-            table.add_column(column, justify="right" if column in ("KV blocks", "tokens") else "left")
+        for column in ("engine", "role", "state", "KV blocks", "tokens", "chunk", "session", "kv"):
+            table.add_column(column, justify="right" if column in ("KV blocks", "tokens", "chunk") else "left")
         for info in engines:
             table.add_row(
                 f"{info.engine_id}/{info.generation}",
@@ -78,6 +78,7 @@ class Screen:
                 info.state.value,
                 f"{info.num_blocks}",
                 f"{info.num_blocks * info.block_size}",
+                f"{info.prefill_chunk_tokens}",
                 f"{info.host}:{info.session_port}",
                 f"{info.host}:{info.kv_port}",
             )

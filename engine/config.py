@@ -10,6 +10,7 @@ PIPELINED = ("auto", "on", "off")
 QUANTIZATIONS = ("none", "int8")
 GPU_BLOCK_SIZE = 32  # tokens a KV block where nothing is said; larger ones leave more slots held and unused
 CPU_BLOCK_SIZE = 16
+DEFAULT_CHUNK_TOKENS = 512
 
 
 class ConfigError(ValueError):
@@ -37,7 +38,7 @@ class BatchConfig:
     """
 
     max_tokens_per_step: int = 2048
-    prefill_chunk_tokens: int = 512
+    prefill_chunk_tokens: int = DEFAULT_CHUNK_TOKENS
     max_running: int = 256
     max_waiting: int = 4096
     max_handoffs: int = 1024
@@ -47,6 +48,7 @@ class BatchConfig:
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """One engine: which weights on which device, and how it batches. `threads` None leaves torch's default.
+    `measure_chunk`: `batch.prefill_chunk_tokens` is replaced by what the engine measures at its start.
     `cuda_graphs` False runs decode steps operator by operator on CUDA too. `pipelined`: whether a step is scheduled
     while the one before runs; auto is where decode steps are graphs. `quantization` int8 holds the layers' matrices and
     the output projection as 8-bit integers; activations and KV stay as they are."""
@@ -58,6 +60,7 @@ class EngineConfig:
     threads: int | None = None
     cache: CacheConfig = CacheConfig()
     batch: BatchConfig = BatchConfig()
+    measure_chunk: bool = False
     cuda_graphs: bool = True
     pipelined: str = "auto"
     quantization: str = "none"

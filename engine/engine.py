@@ -9,11 +9,21 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import replace
 
 import torch
 
 from kvbaton.engine.batch import Pending, ScheduledRow, StepResult
-from kvbaton.engine.config import KV_DTYPES, PIPELINED, QUANTIZATIONS, CacheConfig, ConfigError, EngineConfig
+from kvbaton.engine.chunk_size import measured_chunk
+from kvbaton.engine.config import (
+    KV_DTYPES,
+    PIPELINED,
+    QUANTIZATIONS,
+    BatchConfig,
+    CacheConfig,
+    ConfigError,
+    EngineConfig,
+)
 from kvbaton.engine.cuda_graphs import CudaCapture, DecodeGraphs, GraphSizes
 from kvbaton.engine.decoder import Decoder
 from kvbaton.engine.device_sampler import DeviceSampler
@@ -40,7 +50,7 @@ def configure_threads(threads: int | None) -> None:
 
 
 class Engine:
-    """The model, the books of its KV blocks (`kv`) and their memory (`cache`)."""
+    """The model, the books of its KV blocks (`kv`) and their memory (`cache`), and what a step may hold (`limits`)."""
 
     def __init__(self, config: EngineConfig, model: LoadedModel, device: torch.device) -> None:
         """Raises `ConfigError` where the settings do not fit the model or the device's memory."""
@@ -60,6 +70,7 @@ class Engine:
         graphs = device.type == "cuda" and config.cuda_graphs and isinstance(decoder, Decoder) and decoder.capturable
         self.pipelined = graphs if config.pipelined == "auto" else config.pipelined == "on"
         self._runner = self._make_runner(decoder, graphs)
+        self.limits = self._measured_limits() if config.measure_chunk else config.batch
 
     def _make_runner(self, decoder: ForwardPass, captured: bool) -> Runner:
         """Where steps are pipelined, and on CUDA, tokens are drawn on the device."""
@@ -73,6 +84,12 @@ class Engine:
         started = time.monotonic()
         log.info("%d CUDA graphs of decode steps in %.1f s", graphs.capture_all(), time.monotonic() - started)
         return Runner(decoder, self.cache.pool, graphs, sampler)
+
+    def _measured_limits(self) -> BatchConfig:
+        batch = self.config.batch
+        most = min(batch.max_tokens_per_step, self.max_model_len)
+        chunk = measured_chunk(self._runner, self.kv, self._device, most, self.vocab_size)
+        return replace(batch, prefill_chunk_tokens=chunk)
 
     @classmethod
     def load(cls, config: EngineConfig) -> Engine:

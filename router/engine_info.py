@@ -25,7 +25,8 @@ class EngineState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """One engine incarnation as the registry lists it; `generation` grows each time the id is started anew."""
+    """One engine incarnation as the registry lists it; `generation` grows each time the id is started anew. Of a prompt
+    of more than `prefill_chunk_tokens`, no more than so many are computed in one step."""
 
     engine_id: str
     generation: int
@@ -39,6 +40,7 @@ class EngineInfo:
     block_size: int
     num_blocks: int
     reason: str = ""
+    prefill_chunk_tokens: int = 512
 
 
 @dataclass(frozen=True, slots=True)

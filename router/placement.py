@@ -29,7 +29,6 @@ class RouterConfig:
     max_waiting_requests: int = 256
     expected_output_tokens: int = 64  # of a request that allows more
     transfer_s_per_token: float = 5e-6
-    transfer_tail_tokens: int = 512  # about one chunk: what is sent after the last compute
     work_weight: float = 1.0  # how much a second of compute costs besides the waiting
     no_room_s: float = 1.0  # added for a decode engine without blocks for the prompt
     tie_fraction: float = 1e-6
@@ -144,7 +143,7 @@ def _options(
     starts = [(p, _first_token_s(p, demand, config)) for p in prefills]
     finishes = [(d, _rest_s(d, demand, config)) for d in paired]
     options += [
-        _Option(_pair(p, d), start_s + rest_s + _tail_s(d, demand, config))
+        _Option(_pair(p, d), start_s + rest_s + _tail_s(p, d, demand, config))
         for p, start_s in starts
         for d, rest_s in finishes
     ]
@@ -188,9 +187,10 @@ def _rest_s(candidate: Candidate, demand: Demand, config: RouterConfig) -> float
     return cost_s + config.avoid_s if candidate.avoided else cost_s
 
 
-def _tail_s(decode: Candidate, demand: Demand, config: RouterConfig) -> float:
+def _tail_s(prefill: Candidate, decode: Candidate, demand: Demand, config: RouterConfig) -> float:
+    """What is sent after the last compute: one chunk."""
     to_send = demand.context_tokens - decode.cached_tokens
-    return min(to_send, config.transfer_tail_tokens) * config.transfer_s_per_token
+    return min(to_send, prefill.view.info.prefill_chunk_tokens) * config.transfer_s_per_token
 
 
 # -- admission -------------------------------------------------------------------------------------------------------

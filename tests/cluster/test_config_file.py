@@ -99,6 +99,9 @@ def test_nothing_said_means_the_defaults(tmp_path: Path, text: str) -> None:
         ("pools: {prefill: 0}", "pools: no engine can prefill; set --prefill 1, or --hybrid 1"),
         ("pools: {prefill: 0, decode: 0}", "pools: no engine at all"),
         ("engine: {prefill_chunk_tokens: 4096}", "exceeds engine.max_tokens_per_step (2048)"),
+        ("engine: {prefill_chunk_tokens: 0}", "engine.prefill_chunk_tokens: must be from 1 to 1048576, got 0"),
+        ("engine: {prefill_chunk_tokens: true}", "expected a whole number or 'auto', got True"),
+        ("engine: {prefill_chunk_tokens: atuo}", "expected a whole number or 'auto', got 'atuo'"),
         ("pools: {", "is not valid YAML"),
         ("- 1", "expected a mapping at the top, got a list"),
     ],
@@ -148,6 +151,24 @@ def test_engine_config_resolves_defaults_by_device() -> None:
     assert (cpu.cache.block_size, gpu.cache.block_size) == (16, 32)
     assert (cpu.threads, gpu.threads) == (1, None)
     assert cpu.model.is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("text", "device", "chunk"),
+    [
+        ("", "cpu", 512),
+        ("", "cuda", "auto"),
+        ("engine: {max_tokens_per_step: 200}", "cpu", 200),
+        ("engine: {prefill_chunk_tokens: auto}", "cpu", "auto"),
+        ("engine: {prefill_chunk_tokens: 512}", "cuda", 512),
+        ("engine: {prefill_chunk_tokens: 33}", "cpu", 33),
+    ],
+)
+def test_chunks_are_measured_where_nothing_else_is_said(
+    tmp_path: Path, text: str, device: str, chunk: int | str
+) -> None:
+    engine = load(tmp_path, text).engine_config(device, threads=1)
+    assert ("auto" if engine.measure_chunk else engine.batch.prefill_chunk_tokens) == chunk
 
 
 def test_engines_that_share_a_gpu_share_its_memory(tmp_path: Path) -> None:

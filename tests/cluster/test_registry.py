@@ -57,6 +57,7 @@ async def put(store: MemoryStore, info: EngineInfo, beat: int) -> None:
 
 def test_entry_round_trip_keeps_every_field() -> None:
     info = make_info("e", 5, generation=3, role=Role.DECODE, state=EngineState.DRAINING, kv_port=7, reason="scale down")
+    info = replace(info, prefill_chunk_tokens=77)
     assert decode_entry(encode_entry(info, 9)) == (info, 9)
 
 

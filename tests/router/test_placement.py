@@ -29,9 +29,12 @@ LONG = Demand(context_tokens=1000, max_output_tokens=64, samples=1)
 IDLE = EngineLoad(free_blocks=1000)
 
 
-def engine(engine_id: str, cached: int = 0, load: EngineLoad | None = IDLE, avoided: bool = False) -> Candidate:
+def engine(
+    engine_id: str, cached: int = 0, load: EngineLoad | None = IDLE, avoided: bool = False, chunk: int = 512
+) -> Candidate:
     role = {"p": Role.PREFILL, "d": Role.DECODE, "h": Role.HYBRID}[engine_id[0]]
-    return Candidate(EngineView(make_info(engine_id, role=role), TIMES, load), cached, avoided)
+    info = make_info(engine_id, role=role, prefill_chunk_tokens=chunk)
+    return Candidate(EngineView(info, TIMES, load), cached, avoided)
 
 
 def chosen(*candidates: Candidate, demand: Demand = LONG, config: RouterConfig = CONFIG, seed: int = 0) -> str:
@@ -126,10 +129,18 @@ def test_idle_twins_share_at_random_and_the_seed_decides() -> None:
 
 def test_short_answers_weigh_the_decode_step_less() -> None:
     slow_decode = engine("d0", cached=600, load=running(30))
-    config = replace(CONFIG, transfer_s_per_token=0.002, transfer_tail_tokens=1000)
+    config = replace(CONFIG, transfer_s_per_token=0.002)
     many, one = replace(LONG, max_output_tokens=64), replace(LONG, max_output_tokens=1)
-    assert chosen(engine("p0"), slow_decode, engine("d1"), demand=many, config=config) == "p0>d1"
-    assert chosen(engine("p0"), slow_decode, engine("d1"), demand=one, config=config) == "p0>d0"
+    assert chosen(engine("p0", chunk=1000), slow_decode, engine("d1"), demand=many, config=config) == "p0>d1"
+    assert chosen(engine("p0", chunk=1000), slow_decode, engine("d1"), demand=one, config=config) == "p0>d0"
+
+
+def test_shorter_chunks_leave_less_to_send_at_the_end() -> None:
+    """Of two idle engines the one whose last chunk is shorter has its blocks away earlier."""
+    config = replace(CONFIG, transfer_s_per_token=0.002)
+    for seed in range(20):
+        engines = (engine("p0", chunk=512), engine("p1", chunk=256), engine("d0"))
+        assert chosen(*engines, config=config, seed=seed) == "p1>d0"
 
 
 def test_retry_avoids_the_engines_that_failed_while_there_are_others() -> None:

@@ -43,6 +43,7 @@ class EngineOptions:
     device: str = "cpu"
     step_limit_s: float = 60.0
     pipelined: str = "auto"
+    measure_chunk: bool = False
 
 
 def host_settings(
@@ -51,7 +52,14 @@ def host_settings(
     cache = CacheConfig(options.block_size, options.kv_memory_bytes, prefix_cache=options.prefix_cache)
     batch = BatchConfig(options.max_tokens_per_step, options.prefill_chunk_tokens)
     engine = EngineConfig(
-        model, options.device, dtype="float32", threads=1, cache=cache, batch=batch, pipelined=options.pipelined
+        model,
+        options.device,
+        dtype="float32",
+        threads=1,
+        cache=cache,
+        batch=batch,
+        measure_chunk=options.measure_chunk,
+        pipelined=options.pipelined,
     )
     transfer = TransferSettings(lease_s=options.lease_s)
     return EngineHostSettings(
