@@ -1,0 +1,86 @@
+"""The native library with its AMX path compiled in, runnable on any x86 with bfloat16 products.
+
+Where the processor has no tiles, `tests/kernels/amx_traps.c` does their instructions; where it has, they run for real.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvbaton.kernels.native_build import FLAGS, LIBRARIES, SOURCES
+from kvbaton.kernels.native_lib import DTYPE_CODES, ModelStruct, load_library
+
+TRAPS = Path(__file__).parent.parent / "kernels" / "amx_traps.c"
+TILES = ("-mamx-tile", "-mamx-bf16")
+PANEL = 32
+
+
+def compiler_with(folder: Path, *flags: str) -> str:
+    """A C compiler that takes `flags`; skips the test where there is none."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    probe = folder / "probe.c"
+    probe.write_text("#include <immintrin.h>\nvoid probe(void) { _tile_dpbf16ps(0, 4, 6); }\n")
+    tried = subprocess.run([compiler, *flags, "-c", probe, "-o", folder / "probe.o"], capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"{compiler} {' '.join(flags)}: {tried.stderr.strip()[-200:]}")
+    return compiler
+
+
+def build(folder: Path) -> Path:
+    """Compiles the library into `folder`, with the flags of a processor that has tiles."""
+    compiler = compiler_with(folder, *FLAGS, *TILES)
+    path = folder / "amx.so"
+    sources = [*sorted(SOURCES.glob("*.c")), TRAPS]
+    command = [compiler, *FLAGS, *TILES, *sources, "-Wl,--wrap=syscall", "-o", path, *LIBRARIES]
+    subprocess.run(command, check=True, timeout=600)
+    return path
+
+
+class Products:
+    """bfloat16 products through the C interface of one library, by one team of threads."""
+
+    def __init__(self, path: Path, threads: int = 1) -> None:
+        self.library = load_library(path)
+        self._team = self.library.team_make(threads)
+
+    def close(self) -> None:
+        self.library.team_free(self._team)
+
+    @property
+    def description(self) -> str:
+        return str(self.library.kvb_describe().decode())
+
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """weight [out, in] bfloat16 -> its panels, as bytes."""
+        code, (out, inputs) = DTYPE_CODES[torch.bfloat16], weight.shape
+        packed = torch.zeros(self.library.kvb_packed_bytes(code, out, inputs), dtype=torch.uint8)
+        self.library.kvb_pack(code, weight.contiguous().data_ptr(), packed.data_ptr(), out, inputs, 0)
+        return packed
+
+    def linear(self, x: torch.Tensor, packed: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """y [rows, out] bfloat16 = x [rows, in] times `packed`; bias [whole panels] float32."""
+        (rows, inputs), out = x.shape, y.shape[1]
+        added = None if bias is None else bias.data_ptr()
+        tensors = (x.data_ptr(), packed.data_ptr(), added, y.data_ptr())
+        self.library.kvb_linear(self._team, DTYPE_CODES[torch.bfloat16], *tensors, rows, inputs, out, None)
+
+    def sums(self, x: torch.Tensor, packed: torch.Tensor, y: torch.Tensor) -> None:
+        """y [rows, out] float32 = x [rows, in] times `packed`."""
+        model = ModelStruct(
+            dtype=DTYPE_CODES[torch.bfloat16], hidden=x.shape[1], vocab=y.shape[1], lm_head=packed.data_ptr()
+        )
+        self.library.kvb_logits(self._team, ctypes.addressof(model), x.data_ptr(), x.shape[0], y.data_ptr(), None)
+
+    def summed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [rows, in] times weight [out, in] -> float32 [rows, out]."""
+        y = torch.empty(x.shape[0], weight.shape[0])
+        self.sums(x, self.pack(weight), y)
+        return y
