@@ -83,7 +83,6 @@ def _fits(decoder: Decoder) -> bool:
     sizes = (config.hidden_size, config.q_size, config.intermediate_size, config.head_dim)
     return (
         decoder.dtype in DTYPE_CODES
-        and isinstance(decoder.weights.lm_head, torch.Tensor)
         and config.num_layers <= _MAX_LAYERS
         and all(isinstance(layer.mlp, MlpWeights) for layer in decoder.weights.layers)
         and all(size % 2 == 0 for size in sizes)

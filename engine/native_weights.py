@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from kvbaton.engine.decoder import Decoder
-from kvbaton.engine.matrix import plain
+from kvbaton.engine.matrix import Int8Matrix, Matrix
 from kvbaton.engine.weights import AttentionWeights, DecoderWeights, LayerWeights, MlpWeights
 from kvbaton.kernels.host_memory import zeroed_memory
-from kvbaton.kernels.native_lib import DTYPE_CODES, LayerStruct, ModelStruct
+from kvbaton.kernels.native_lib import DTYPE_CODES, LayerStruct, MatrixStruct, ModelStruct
 
 PANEL = 32  # columns that are packed together; biases are padded to whole panels
 _HALF_PANEL = PANEL // 2
@@ -48,24 +48,34 @@ class Packer:
         self.kept.append(tensor)
         return tensor.data_ptr()
 
-    def pack(self, weight: torch.Tensor, interleave: bool = False) -> int:
-        """weight [out, in] -> address of its panels. `interleave`: the rows are gate, then up."""
+    def matrix(self, matrix: Matrix, bias: torch.Tensor | None = None, interleave: bool = False) -> MatrixStruct:
+        """matrix [out, in] in panels, with bias [out]. `interleave`: the rows are gate, then up."""
+        if isinstance(matrix, Int8Matrix):
+            scale = self.columns(matrix.scale, interleave)
+            return MatrixStruct(self._pack(matrix.weight, interleave), scale, self.columns(bias, interleave))
+        return MatrixStruct(self._pack(matrix, interleave), None, self.columns(bias, interleave))
+
+    def _pack(self, weight: torch.Tensor, interleave: bool) -> int:
+        """weight [out, in] -> address of its panels."""
+        int8 = weight.dtype is torch.int8
+        size = self._library.kvb_packed_int8_bytes if int8 else self._library.kvb_packed_bytes
+        pack = self._library.kvb_pack_int8 if int8 else self._library.kvb_pack
         out, inputs = weight.shape
         rows = 2 * _whole(out // 2, _HALF_PANEL) if interleave else out
-        address = self._arena.data_ptr() + self._used
-        self._used += self._library.kvb_packed_bytes(self._code, rows, inputs)
+        address: int = self._arena.data_ptr() + self._used
+        self._used += size(self._code, rows, inputs)
         if self._used > self._arena.numel():
             raise ValueError(f"packed weights need more than {self._arena.numel()} bytes")
         source = weight.contiguous()
-        self._library.kvb_pack(self._code, source.data_ptr(), address, out, inputs, int(interleave))
+        pack(self._code, source.data_ptr(), address, out, inputs, int(interleave))
         weight.untyped_storage().resize_(0)
         return address
 
-    def bias(self, bias: torch.Tensor | None, interleave: bool = False) -> int | None:
-        """bias [out] as float32 in the order of the packed columns."""
-        if bias is None:
+    def columns(self, values: torch.Tensor | None, interleave: bool) -> int | None:
+        """values [out], a bias or scales, as float32 in the order of the packed columns."""
+        if values is None:
             return None
-        parts = bias.float().chunk(2) if interleave else (bias.float(),)
+        parts = values.float().chunk(2) if interleave else (values.float(),)
         width = _HALF_PANEL if interleave else PANEL
         padded = [torch.nn.functional.pad(part, (0, _whole(len(part), width) - len(part))) for part in parts]
         return self.keep(torch.stack([part.view(-1, width) for part in padded], dim=1).flatten())
@@ -78,7 +88,8 @@ def pack_decoder(decoder: Decoder, library: ctypes.CDLL) -> NativeWeights:
     layers = (LayerStruct * config.num_layers)()
     for index, layer in enumerate(weights.layers):
         layers[index] = _layer(packer, layer, config.sliding_windows[index])
-    tied = weights.lm_head is weights.embed
+    in_logits = weights.lm_head is weights.embed
+    lm_head = packer.matrix(weights.lm_head)
     model = ModelStruct(
         dtype=DTYPE_CODES[decoder.dtype],
         num_layers=config.num_layers,
@@ -91,8 +102,9 @@ def pack_decoder(decoder: Decoder, library: ctypes.CDLL) -> NativeWeights:
         rotary_half=decoder.rotary.cos.shape[1],
         norm_eps=config.rms_norm_eps,
         scale=config.head_dim**-0.5,
-        embed=None if tied else packer.keep(weights.embed),
-        lm_head=packer.pack(plain(weights.lm_head)),
+        embed=None if in_logits else packer.keep(weights.embed),
+        lm_head=lm_head.panels,
+        lm_head_scale=lm_head.scale,
         norm=packer.keep(weights.norm),
         cos=packer.keep(decoder.rotary.cos),
         sin=packer.keep(decoder.rotary.sin),
@@ -113,29 +125,26 @@ def _layer(packer: Packer, layer: LayerWeights, window: int | None) -> LayerStru
 
 
 def _point_at_attention(struct: LayerStruct, packer: Packer, attention: AttentionWeights) -> None:
-    struct.qkv = packer.pack(plain(attention.qkv))
-    struct.qkv_bias = packer.bias(attention.qkv_bias)
+    struct.qkv = packer.matrix(attention.qkv, attention.qkv_bias)
     struct.q_norm = packer.keep(attention.q_norm)
     struct.k_norm = packer.keep(attention.k_norm)
-    struct.out = packer.pack(plain(attention.out))
-    struct.out_bias = packer.bias(attention.out_bias)
+    struct.out = packer.matrix(attention.out, attention.out_bias)
 
 
 def _point_at_mlp(struct: LayerStruct, packer: Packer, mlp: MlpWeights) -> None:
-    struct.gate_up = packer.pack(plain(mlp.gate_up), interleave=True)
-    struct.gate_up_bias = packer.bias(mlp.gate_up_bias, interleave=True)
-    struct.down = packer.pack(plain(mlp.down))
-    struct.down_bias = packer.bias(mlp.down_bias)
+    struct.gate_up = packer.matrix(mlp.gate_up, mlp.gate_up_bias, interleave=True)
+    struct.down = packer.matrix(mlp.down, mlp.down_bias)
 
 
 def _packed_bound(weights: DecoderWeights) -> int:
     """Bytes of all matrices with every side rounded up to whole panels."""
-    matrices = [plain(weights.lm_head)]
+    matrices = [weights.lm_head]
     for layer in weights.layers:
-        matrices += [plain(layer.attention.qkv), plain(layer.attention.out)]
+        matrices += [layer.attention.qkv, layer.attention.out]
         if isinstance(layer.mlp, MlpWeights):
-            matrices += [plain(layer.mlp.gate_up), plain(layer.mlp.down)]
-    return sum(_whole(m.shape[0] + PANEL, PANEL) * (m.shape[1] + 1) * m.element_size() for m in matrices)
+            matrices += [layer.mlp.gate_up, layer.mlp.down]
+    held = [matrix.weight if isinstance(matrix, Int8Matrix) else matrix for matrix in matrices]
+    return sum(_whole(m.shape[0] + PANEL, PANEL) * (m.shape[1] + 1) * m.element_size() for m in held)
 
 
 def _whole(count: int, unit: int) -> int:

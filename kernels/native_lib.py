@@ -24,12 +24,24 @@ PHASES = ("embedding", "norms", "qkv", "rope and KV write", "attention", "out", 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
+class MatrixStruct(Structure):
+    """`kvb_matrix`."""
+
+    _fields_ = tuple((name, c_void_p) for name in ("panels", "scale", "bias"))
+
+
 class LayerStruct(Structure):
     """`kvb_layer`."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("input_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "out_bias")),
-        *((name, c_void_p) for name in ("post_norm", "gate_up", "gate_up_bias", "down", "down_bias")),
+        ("input_norm", c_void_p),
+        ("qkv", MatrixStruct),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("out", MatrixStruct),
+        ("post_norm", c_void_p),
+        ("gate_up", MatrixStruct),
+        ("down", MatrixStruct),
         ("window", c_int64),
     )
 
@@ -42,7 +54,7 @@ class ModelStruct(Structure):
         *((name, c_int64) for name in ("num_kv_heads", "head_dim", "rotary_half")),
         ("norm_eps", c_double),
         ("scale", c_double),
-        *((name, c_void_p) for name in ("embed", "lm_head", "norm", "cos", "sin")),
+        *((name, c_void_p) for name in ("embed", "lm_head", "lm_head_scale", "norm", "cos", "sin")),
         ("layers", POINTER(LayerStruct)),
     )
 
@@ -73,11 +85,14 @@ _SIGNATURES: tuple[tuple[str, object, Sequence[object]], ...] = (
     ("kvb_describe", c_char_p, ()),
     ("kvb_packed_bytes", _I, (_I, _I, _I)),
     ("kvb_pack", None, (_I, _P, _P, _I, _I, _I)),
+    ("kvb_packed_int8_bytes", _I, (_I, _I, _I)),
+    ("kvb_pack_int8", None, (_I, _P, _P, _I, _I, _I)),
     ("kvb_workspace_bytes", _I, (_P, _P, _I)),
     ("kvb_forward", None, (_P, _P, _P, _P, _P, _P)),
     ("kvb_logits", None, (_P, _P, _P, _I, _P, _P)),
     ("kvb_argmax", None, (_P, _I, _I, _P)),
     ("kvb_linear", None, (_P, _I, _P, _P, _P, _P, _I, _I, _I, _P)),
+    ("kvb_linear_int8", None, (_P, _I, _P, _P, _P, _P, _P, _I, _I, _I, _P)),
     ("kvb_attention_bytes", _I, (_P, _P, _I)),
     ("kvb_attention", None, (_P, _P, _P, _P, _P, _P)),
     ("team_make", _P, (c_int,)),

@@ -74,9 +74,9 @@ static void FN(norm_rows)(member *me, const kvb_model *m, const void *weight, co
 }
 
 /* x [tokens][in] as act, times a packed weight. */
-static void FN(project)(member *me, const FN(act) * x, const void *w, const float *bias, void *y, int64_t tokens,
-                        int64_t in, int64_t out, int to) {
-    FN(product) p = {x, w, bias, y, tokens, in, out, in, to};
+static void FN(project)(member *me, const FN(act) * x, const kvb_matrix *m, void *y, int64_t tokens, int64_t in, int64_t out,
+                        int to) {
+    FN(product) p = {x, m->panels, m->scale, m->bias, y, tokens, in, out, in, to};
     FN(multiply)(me, &p);
     team_wait(me);
 }
@@ -116,20 +116,20 @@ static void FN(layer)(member *me, const kvb_model *m, const kvb_batch *b, FN(buf
     kvb_heads h = FN(heads_of)(m, index);
     FN(norm_rows)(me, m, l->input_norm, w->residual, w->normed, n);
     count_phase(me, b, KVB_NORM);
-    FN(project)(me, w->normed, l->qkv, l->qkv_bias, w->qkv, n, m->hidden, q_size + 2 * kv_size, TO_STORE);
+    FN(project)(me, w->normed, &l->qkv, w->qkv, n, m->hidden, q_size + 2 * kv_size, TO_STORE);
     count_phase(me, b, KVB_QKV);
     FN(turn)(me, m, b, w, index);
     count_phase(me, b, KVB_TURN);
     FN(attend)(me, &h, b, w->q, w->attended, w->attention);
     team_wait(me);
     count_phase(me, b, KVB_ATTEND);
-    FN(project)(me, w->attended, l->out, l->out_bias, w->residual, n, q_size, m->hidden, TO_RESIDUAL);
+    FN(project)(me, w->attended, &l->out, w->residual, n, q_size, m->hidden, TO_RESIDUAL);
     count_phase(me, b, KVB_OUT);
     FN(norm_rows)(me, m, l->post_norm, w->residual, w->normed, n);
     count_phase(me, b, KVB_NORM);
-    FN(project)(me, w->normed, l->gate_up, l->gate_up_bias, w->inner, n, m->hidden, 2 * m->intermediate, TO_SWIGLU);
+    FN(project)(me, w->normed, &l->gate_up, w->inner, n, m->hidden, 2 * m->intermediate, TO_SWIGLU);
     count_phase(me, b, KVB_GATE_UP);
-    FN(project)(me, w->inner, l->down, l->down_bias, w->residual, n, m->intermediate, m->hidden, TO_RESIDUAL);
+    FN(project)(me, w->inner, &l->down, w->residual, n, m->intermediate, m->hidden, TO_RESIDUAL);
     count_phase(me, b, KVB_DOWN);
 }
 
@@ -148,8 +148,8 @@ static void FN(forward)(member *me, const kvb_model *m, const kvb_batch *b, cons
 }
 
 /* x [rows, in] in storage type -> y; `work` holds rows * in floats where the types differ. */
-static void FN(linear)(member *me, const FN(store) * x, const void *packed, const float *bias, void *y, int64_t rows,
-                       int64_t in, int64_t out, int to, void *work) {
+static void FN(linear)(member *me, const FN(store) * x, const kvb_matrix *m, void *y, int64_t rows, int64_t in, int64_t out,
+                       int to, void *work) {
     const FN(act) *wide = (const FN(act) *)work;
     if (sizeof(FN(act)) == sizeof(FN(store))) wide = (const FN(act) *)(const void *)x;
     else {
@@ -158,6 +158,6 @@ static void FN(linear)(member *me, const FN(store) * x, const void *packed, cons
             for (int64_t i = from; i < end; i++) FN(widen)(x + i * in, (FN(act) *)work + i * in, in);
         team_wait(me);
     }
-    FN(product) p = {wide, packed, bias, y, rows, in, out, in, to};
+    FN(product) p = {wide, m->panels, m->scale, m->bias, y, rows, in, out, in, to};
     FN(multiply)(me, &p);
 }

@@ -46,6 +46,17 @@ void kvb_pack(int64_t dtype, const void *weight, void *packed, int64_t out, int6
 #undef CALL
 }
 
+int64_t kvb_packed_int8_bytes(int64_t dtype, int64_t out, int64_t in) {
+    int64_t panels = (out + PANEL - 1) / PANEL;
+    return panels * (dtype == KVB_BF16 ? int8_size_bf16(in) : int8_size_f32(in));
+}
+
+void kvb_pack_int8(int64_t dtype, const void *weight, void *packed, int64_t out, int64_t in, int64_t interleave) {
+#define CALL(T) int8_pack_##T(weight, packed, out, in, (int)interleave)
+    TYPED(dtype, CALL)
+#undef CALL
+}
+
 int64_t kvb_workspace_bytes(const kvb_model *m, const kvb_batch *b, int64_t threads) {
     int64_t bytes = 0;
 #define CALL(T) bytes = workspace_##T(m, b, threads)
@@ -75,8 +86,8 @@ void kvb_forward(team *t, const kvb_model *m, const kvb_batch *b, const int64_t 
 
 typedef struct {
     int64_t dtype;
-    const void *x, *packed;
-    const float *bias;
+    const void *x;
+    const kvb_matrix *matrix;
     void *y, *work;
     int64_t rows, in, out;
     int to;
@@ -84,19 +95,26 @@ typedef struct {
 
 static void linear_work(member *me, const void *arg) {
     const linear_args *a = arg;
-#define CALL(T) linear_##T(me, a->x, a->packed, a->bias, a->y, a->rows, a->in, a->out, a->to, a->work)
+#define CALL(T) linear_##T(me, a->x, a->matrix, a->y, a->rows, a->in, a->out, a->to, a->work)
     TYPED(a->dtype, CALL)
 #undef CALL
 }
 
 void kvb_linear(team *t, int64_t dtype, const void *x, const void *packed, const float *bias, void *y, int64_t rows,
                 int64_t in, int64_t out, void *work) {
-    linear_args args = {dtype, x, packed, bias, y, work, rows, in, out, TO_STORE};
+    kvb_linear_int8(t, dtype, x, packed, NULL, bias, y, rows, in, out, work);
+}
+
+void kvb_linear_int8(team *t, int64_t dtype, const void *x, const void *packed, const float *scale, const float *bias, void *y,
+                     int64_t rows, int64_t in, int64_t out, void *work) {
+    kvb_matrix matrix = {packed, scale, bias};
+    linear_args args = {dtype, x, &matrix, y, work, rows, in, out, TO_STORE};
     team_run(t, linear_work, &args);
 }
 
 void kvb_logits(team *t, const kvb_model *m, const void *hidden, int64_t rows, float *logits, void *work) {
-    linear_args args = {m->dtype, hidden, m->lm_head, 0, logits, work, rows, m->hidden, m->vocab, TO_FLOAT};
+    kvb_matrix matrix = {m->lm_head, m->lm_head_scale, NULL};
+    linear_args args = {m->dtype, hidden, &matrix, logits, work, rows, m->hidden, m->vocab, TO_FLOAT};
     team_run(t, linear_work, &args);
 }
 

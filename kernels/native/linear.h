@@ -36,8 +36,9 @@ enum { TO_STORE, TO_RESIDUAL, TO_SWIGLU, TO_FLOAT };
 
 typedef struct {
     const FN(act) * x; /* [rows][in] */
-    const FN(store) * w;
-    const float *bias; /* whole panels, or NULL */
+    const void *w;      /* panels of store; of int8.h where there is a scale */
+    const float *scale; /* whole panels, or NULL */
+    const float *bias;  /* the same */
     void *y;           /* [rows][out]; TO_SWIGLU: act [rows][out / 2] */
     int64_t rows, in, out, x_stride;
     int to;
@@ -174,6 +175,7 @@ static void FN(finish)(const FN(product) * p, const float *sums, int64_t first, 
         vf v[PANEL / LANES];
         UNROLL for (int j = 0; j < PANEL / LANES; j++) {
             v[j] = vload(sums + i * PANEL + j * LANES);
+            if (p->scale) v[j] *= vload(p->scale + col + j * LANES);
             if (p->bias) v[j] += vload(p->bias + col + j * LANES);
         }
         if (p->to == TO_SWIGLU) {
@@ -206,9 +208,11 @@ static void FN(finish)(const FN(product) * p, const float *sums, int64_t first, 
     }
 }
 
+static void FN(int8_panel)(const FN(product) * p, int64_t panel, int64_t first, int64_t last);
+
 /* Rows first..last of one panel of columns. */
 static void FN(panel)(const FN(product) * p, int64_t panel, int64_t first, int64_t last) {
-    const FN(store) *w = p->w + panel * FN(panel_size)(p->in);
+    const FN(store) *w = (const FN(store) *)p->w + panel * FN(panel_size)(p->in);
     float sums[ROW_BLOCK * PANEL] __attribute__((aligned(64)));
     int64_t height = FN(tile_rows)(), tiles = (last - first + height - 1) / height;
     int64_t pass = IN_AMX && tiles > 2 ? AMX_DEPTH : DEPTH, block = ROW_BLOCK / height * height;
@@ -254,7 +258,7 @@ static void FN(multiply)(member *me, const FN(product) * p) {
     for (int64_t from, to; share_take(&s, &from, &to);)
         for (int64_t item = from; item < to; item++) {
             int64_t cut = item / panels;
-            FN(panel)(p, item % panels, p->rows * cut / cuts, p->rows * (cut + 1) / cuts);
+            (p->scale ? FN(int8_panel) : FN(panel))(p, item % panels, p->rows * cut / cuts, p->rows * (cut + 1) / cuts);
         }
     amx_done();
 }

@@ -82,6 +82,7 @@ INLINE vf FN(load_act_n)(const FN(act) * p, int64_t n) {
 }
 
 #include "linear.h"
+#include "int8.h"
 #include "pointwise.h"
 #include "attention.h"
 #include "decoder.h"
