@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from kvbaton.cluster import ray_cluster
 from kvbaton.cluster.config import ClusterConfig
 from kvbaton.cluster.devices import count_cores
 from kvbaton.cluster.launch_types import Launch, LaunchFailed, StoreAddress
+from kvbaton.cluster.port_claim import PortClaim
 from kvbaton.cluster.preflight import Preflight, check_launch
 from kvbaton.cluster.reaper import MARKER_VARIABLE, Reaper
 from kvbaton.cluster.screen import Screen, Step
@@ -59,9 +60,10 @@ def serve(config: ClusterConfig, screen: Screen, signals: StopSignals) -> int:
         stack.enter_context(_library_output(run_dir, config.ray.log_level))
         try:
             signals.catch()
-            launch = _start_base(config, run_dir, screen, stack, signals)
-            cluster = _start_engines(launch, screen, stack, signals)
-            _start_endpoint(launch, cluster, screen, stack, signals)
+            with _own_port(config) as config:
+                launch = _start_base(config, run_dir, screen, stack, signals)
+                cluster = _start_engines(launch, screen, stack, signals)
+                _start_endpoint(launch, cluster, screen, stack, signals)
             signals.catch()
             _watch(cluster, screen)
         except KeyboardInterrupt:
@@ -90,7 +92,6 @@ def _run_dir(marker: str) -> Iterator[Path]:
 
 def _start_base(config: ClusterConfig, run_dir: Path, screen: Screen, stack: ExitStack, signals: StopSignals) -> Launch:
     """Checks, the shared state and Ray."""
-    config = _with_port(config)
     with screen.step("checks", "model, port, devices") as step:
         preflight = check_launch(config)
         pools = config.pools
@@ -108,11 +109,17 @@ def _start_base(config: ClusterConfig, run_dir: Path, screen: Screen, stack: Exi
     return Launch(config, preflight, run_dir, StoreAddress(store_url, config.store.prefix), secret)
 
 
-def _with_port(config: ClusterConfig) -> ClusterConfig:
-    """Port 0 asks for any that is free."""
-    if config.http.port != 0:
-        return config
-    return replace(config, http=replace(config.http, port=ray_cluster.free_ports(1)[0]))
+@contextmanager
+def _own_port(config: ClusterConfig) -> Iterator[ClusterConfig]:
+    """The configuration with the endpoint's port, on which no other launch of this machine starts meanwhile. Port 0
+    asks for any that is free."""
+    if config.http.port == 0:
+        config = replace(config, http=replace(config.http, port=ray_cluster.free_ports(1)[0]))
+    if config.ray.address is not None:  # the endpoint is on other machines too, and Serve of that cluster has its ports
+        yield config
+        return
+    with closing(PortClaim(config.http)):
+        yield config
 
 
 def _open_store(config: ClusterConfig, run_dir: Path, stack: ExitStack) -> tuple[str, str]:

@@ -94,7 +94,7 @@ def check_port(http: HttpSettings, ours: Container[int | None] = ()) -> None:
             pid = _listening(http.port)
             if pid in ours:
                 return
-            who, other = _name(pid), _other(http)
+            who, other = _name(pid), other_port(http)
             raise ConfigError(
                 f"port {http.port} on {http.host} is in use by {who}; stop it, or choose another: --port {other} "
                 f"(make serve PORT={other})"
@@ -122,7 +122,7 @@ def _name(pid: int | None) -> str:
         return f"pid {pid}"
 
 
-def _other(http: HttpSettings) -> int:
+def other_port(http: HttpSettings) -> int:
     """A port near the wanted one that is free at this moment."""
     for port in range(http.port + 1, min(http.port + 50, 65536)):
         with socket.socket() as probe:
