@@ -16,6 +16,7 @@ from kvbaton.engine.config import (
     GPU_BLOCK_SIZE,
     KV_DTYPES,
     PIPELINED,
+    PREFILL_ATTENTIONS,
     QUANTIZATIONS,
     BatchConfig,
     CacheConfig,
@@ -110,6 +111,7 @@ class EngineSettings:
     prefix_cache: bool = True
     kv_dtype: Annotated[str, OneOf(KV_DTYPES)] = "auto"
     pipelined: Annotated[str, OneOf(PIPELINED)] = "auto"
+    prefill_attention: Annotated[str, OneOf(PREFILL_ATTENTIONS)] = "triton"
     quantization: Annotated[str, OneOf(QUANTIZATIONS)] = "none"
     max_tokens_per_step: Annotated[int, Range(1, 1 << 20)] = 2048
     prefill_chunk_tokens: Annotated[int | str, NumberOr(AUTO, 1, 1 << 20)] | None = None
@@ -240,6 +242,7 @@ class ClusterConfig:
                 max_waiting=engine.max_waiting,
             ),
             measure_chunk=chunk == AUTO,
+            prefill_attention=engine.prefill_attention,
             pipelined=engine.pipelined,
             quantization=engine.quantization,
         )

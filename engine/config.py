@@ -8,6 +8,7 @@ from pathlib import Path
 KV_DTYPES = ("auto", "fp8_e4m3")
 PIPELINED = ("auto", "on", "off")
 QUANTIZATIONS = ("none", "int8")
+PREFILL_ATTENTIONS = ("triton", "torch")
 GPU_BLOCK_SIZE = 32  # tokens a KV block where nothing is said; larger ones leave more slots held and unused
 CPU_BLOCK_SIZE = 16
 DEFAULT_CHUNK_TOKENS = 512
@@ -48,6 +49,7 @@ class BatchConfig:
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """One engine: which weights on which device, and how it batches. `threads` None leaves torch's default.
+    `prefill_attention` torch computes prompt chunks with torch's flash attention on CUDA, in 16 bits.
     `measure_chunk`: `batch.prefill_chunk_tokens` is replaced by what the engine measures at its start.
     `cuda_graphs` False runs decode steps operator by operator on CUDA too. `pipelined`: whether a step is scheduled
     while the one before runs; auto is where decode steps are graphs. `quantization` int8 holds the layers' matrices and
@@ -61,6 +63,7 @@ class EngineConfig:
     cache: CacheConfig = CacheConfig()
     batch: BatchConfig = BatchConfig()
     measure_chunk: bool = False
+    prefill_attention: str = "triton"
     cuda_graphs: bool = True
     pipelined: str = "auto"
     quantization: str = "none"

@@ -18,6 +18,7 @@ from kvbaton.engine.chunk_size import measured_chunk
 from kvbaton.engine.config import (
     KV_DTYPES,
     PIPELINED,
+    PREFILL_ATTENTIONS,
     QUANTIZATIONS,
     BatchConfig,
     CacheConfig,
@@ -34,7 +35,7 @@ from kvbaton.engine.model_config import ModelConfig
 from kvbaton.engine.model_loader import LoadedModel, load_model
 from kvbaton.engine.native_decoder import native_decoder
 from kvbaton.engine.runner import ForwardPass, Runner
-from kvbaton.kernels.backend import Kernels, kernels_for
+from kvbaton.kernels.backend import MAX_GATHERED_TOKENS, Kernels, kernels_for
 from kvbaton.kernels.kv_dtype import FP8
 
 log = logging.getLogger(__name__)
@@ -58,14 +59,16 @@ class Engine:
         self.model_config: ModelConfig = model.config
         self.geometry = _geometry(model, config.cache)
         wanted = _max_model_len(config, model.config)
-        workspace = step_workspace_bytes(model.config, config.batch, model.decoder.dtype.itemsize)
+        flash_prefill = _flash_prefill(config, model, device)
+        gathered_tokens = MAX_GATHERED_TOKENS if flash_prefill else 0
+        workspace = step_workspace_bytes(model.config, config.batch, model.decoder.dtype.itemsize, gathered_tokens)
         num_blocks = num_blocks_for(config.cache, self.geometry, device, workspace)
         self.max_model_len = usable_model_len(wanted, num_blocks, self.geometry.block_size)
         self.kv = KVManager(num_blocks, self.geometry.block_size, config.cache.prefix_cache)
         self.cache = KVCache(self.geometry, num_blocks, device, scratch_blocks=1 if device.type == "cuda" else 0)
         self._fingerprint = model.fingerprint
         self._device = device
-        self._kernels = kernels_for(device, self.geometry.dtype)
+        self._kernels = kernels_for(device, self.geometry.dtype, flash_prefill)
         decoder = _forward_pass(model, self.geometry, self._kernels)
         graphs = device.type == "cuda" and config.cuda_graphs and isinstance(decoder, Decoder) and decoder.capturable
         self.pipelined = graphs if config.pipelined == "auto" else config.pipelined == "on"
@@ -148,6 +151,9 @@ def _check(config: EngineConfig) -> None:
     if config.quantization not in QUANTIZATIONS:
         names = ", ".join(QUANTIZATIONS)
         raise ConfigError(f"quantization {config.quantization!r} is not supported; supported: {names}")
+    if config.prefill_attention not in PREFILL_ATTENTIONS:
+        names = ", ".join(PREFILL_ATTENTIONS)
+        raise ConfigError(f"prefill_attention {config.prefill_attention!r} is not supported; supported: {names}")
     if config.max_model_len is not None and config.max_model_len < 2:
         raise ConfigError(f"max_model_len must be at least 2 (a token in, a token out), got {config.max_model_len}")
 
@@ -159,10 +165,19 @@ def _geometry(model: LoadedModel, cache: CacheConfig) -> KVGeometry:
 
 
 def _forward_pass(model: LoadedModel, geometry: KVGeometry, kernels: Kernels) -> ForwardPass:
-    """The native form on the CPU; kernels that read the pool's dtype where it is not the model's."""
-    if geometry.dtype is model.decoder.dtype:
+    """The native form on the CPU, where the pool's dtype is the model's; else the plain one on kernels that read it."""
+    if geometry.dtype is model.decoder.dtype and model.decoder.device.type == "cpu":
         return native_decoder(model.decoder)
     return model.decoder.with_kernels(kernels)
+
+
+def _flash_prefill(config: EngineConfig, model: LoadedModel, device: torch.device) -> bool:
+    if config.prefill_attention == "triton":
+        return False
+    if device.type != "cuda" or model.decoder.dtype == torch.float32:
+        here = f"{str(model.decoder.dtype).removeprefix('torch.')} on {device.type}"
+        raise ConfigError(f"prefill_attention torch is for bfloat16 and float16 on cuda, not for {here}")
+    return True
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

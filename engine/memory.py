@@ -49,18 +49,19 @@ def usable_model_len(max_model_len: int, num_blocks: int, block_size: int) -> in
     return min(max_model_len, room)
 
 
-def step_workspace_bytes(model: ModelConfig, batch: BatchConfig, itemsize: int) -> int:
+def step_workspace_bytes(model: ModelConfig, batch: BatchConfig, itemsize: int, gathered_tokens: int = 0) -> int:
     """What the largest step holds beside weights and pool, and the decode graphs again for themselves; an upper bound.
 
     Activations of a layer for every token; logits of every running row, in the model's dtype and in float32, those of
-    the step before too; the parts of split attention.
+    the step before too; the parts of split attention; K and V of a layer for `gathered_tokens`.
     """
     tokens = max(batch.max_tokens_per_step, batch.max_running)
     inner = max(model.intermediate_size, model.moe.intermediate_size * model.moe.top_k if model.moe else 0)
     layer = 4 * model.hidden_size + 3 * model.q_size + 2 * model.kv_size + 3 * inner
     logits = batch.max_running * model.vocab_size * (itemsize + 8)
     parts = batch.max_running * model.num_heads * MAX_ATTENTION_SPLITS * (model.head_dim + 2) * 4
-    return int(SLACK * (tokens * layer * itemsize + logits + 2 * parts))
+    gathered = 2 * gathered_tokens * model.kv_size * itemsize
+    return int(SLACK * (tokens * layer * itemsize + logits + 2 * parts + gathered))
 
 
 def _cuda_bytes(cache: CacheConfig, device: torch.device, workspace_bytes: int) -> int:

@@ -28,6 +28,7 @@ from kvbaton.kernels import (
     triton_blocks,
     triton_decode,
     triton_draw,
+    triton_gather,
     triton_linear,
     triton_pointwise,
     triton_prefill,
@@ -154,6 +155,14 @@ def attention_specs(model: ModelShape) -> Iterator[KernelSpec]:
     )
 
 
+def gather_spec(model: ModelShape) -> KernelSpec:
+    """K and V of contexts as rows."""
+    sizes = (("KV_HEADS", model.kv_heads), ("HEAD_DIM", model.head_dim), ("BLOCK_SIZE", model.block_size))
+    padded = (("DIM_PAD", triton.next_power_of_2(model.head_dim)), ("TOKENS", triton_gather.TOKENS))
+    kernel = triton_gather.gather_context_kernel
+    return KernelSpec("gather context", kernel, model.dtype, (*sizes, *padded), 4, kv_dtype=model.kv_dtype)
+
+
 def layer_specs(model: ModelShape) -> Iterator[KernelSpec]:
     """Everything of a layer but attention."""
     row = triton_pointwise.RowTile.of(model.hidden)
@@ -271,9 +280,9 @@ def all_specs(models: Sequence[ModelShape]) -> Iterator[KernelSpec]:
         if i == 0:
             specs += draw_specs()
         if i == 0 or model.dtype == torch.float32:
-            specs += [*layer_specs(model), *linear_specs(model, general=i > 0)]
+            specs += [*layer_specs(model), *linear_specs(model, general=i > 0), gather_spec(model)]
         elif model.kv_dtype is not None:
-            specs.append(rope_spec(model))
+            specs += [rope_spec(model), gather_spec(model)]
         for spec in specs:
             yield replace(spec, label=f"{model.label} {spec.label}")
 

@@ -13,6 +13,8 @@ import torch
 from kvbaton.kernels.kv_dtype import FP8
 from kvbaton.kernels.meta import AttentionMeta
 
+MAX_GATHERED_TOKENS = 1 << 16  # of a step's contexts, for torch's flash attention; with more, Triton's kernel runs
+
 
 class Kernels(Protocol):
     """What a decoder layer needs. No method keeps its arguments; only those that say so write to one."""
@@ -83,15 +85,16 @@ class Kernels(Protocol):
         ...
 
 
-def kernels_for(device: torch.device, kv_dtype: torch.dtype | None = None) -> Kernels:
+def kernels_for(device: torch.device, kv_dtype: torch.dtype | None = None, flash_prefill: bool = False) -> Kernels:
     """Triton on CUDA, the measured CPU path elsewhere. Triton is imported only where it will run.
 
     `kv_dtype` is the pool's where it is not the model's; 8-bit floats on the CPU are for tests, by the reference.
+    `flash_prefill`: on CUDA, prompt chunks attend by torch's flash attention instead of ours.
     """
     if device.type == "cuda":
         from kvbaton.kernels.triton_backend import TritonKernels
 
-        return TritonKernels()
+        return TritonKernels(flash_prefill)
     if device.type == "cpu" and kv_dtype is FP8:
         from kvbaton.kernels import reference
 

@@ -13,10 +13,15 @@ from kvbaton.kernels import (
     triton_rope,
 )
 from kvbaton.kernels.meta import AttentionMeta
+from kvbaton.kernels.torch_prefill import gatherable, gathered_prefill_attention
 
 
 class TritonKernels:
-    """`Kernels` on CUDA. Stateless: no launch waits for the device or reads from it."""
+    """`Kernels` on CUDA. No launch waits for the device or reads from it. `flash_prefill`: prompt chunks attend by
+    torch's flash attention, see `torch_prefill`."""
+
+    def __init__(self, flash_prefill: bool = False) -> None:
+        self._flash_prefill = flash_prefill
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return triton_pointwise.rms_norm(x, weight, eps)
@@ -62,6 +67,9 @@ class TritonKernels:
         tables, lens = meta.block_tables, meta.context_lens
         width = -(-max(meta.context_lens_host[:n], default=0) // meta.block_size)
         triton_decode.decode_into(out[:n], q[:n], cache, tables[:n, :width], lens[:n], scale, sliding_window)
+        if self._flash_prefill and gatherable(meta):
+            out[n:] = gathered_prefill_attention(q[n:], kv_cache, layer, meta, scale, sliding_window)
+            return out
         triton_prefill.prefill_into(
             out[n:], q[n:], cache, tables[n:], meta.cu_seqlens_q[n:], lens[n:], scale, sliding_window
         )

@@ -93,6 +93,7 @@ def test_the_memory_of_a_step_is_counted_in_full(config: EngineConfig) -> None:
     layer = 4 * 10 + 3 * 12 + 2 * 6 + 3 * 20
     wanted = 100 * layer * 2 + 8 * 1000 * (2 + 4 + 4) + 2 * 8 * 2 * 64 * (6 + 2) * 4
     assert step_workspace_bytes(model, batch, 2) == wanted * 5 // 4
+    assert step_workspace_bytes(model, batch, 2, gathered_tokens=1000) == (wanted + 2 * 1000 * 6 * 2) * 5 // 4
     decode = pytest.importorskip("kvbaton.kernels.triton_decode", reason="triton is not installed on this platform")
     assert decode.MAX_SPLITS == memory.MAX_ATTENTION_SPLITS
 
@@ -120,6 +121,12 @@ def test_prefix_cache_can_be_off(config: EngineConfig) -> None:
         ({"cache": CacheConfig(gpu_memory_fraction=0.0)}, r"gpu_memory_fraction must be in \(0, 1\], got 0.0"),
         ({"cache": CacheConfig(kv_memory_bytes=1000)}, "KV memory of 1000 bytes is less than 2 blocks"),
         ({"quantization": "int4"}, "quantization 'int4' is not supported; supported: none, int8"),
+        ({"prefill_attention": "flash"}, "prefill_attention 'flash' is not supported; supported: triton, torch"),
+        (
+            {"prefill_attention": "torch"},
+            "prefill_attention torch is for bfloat16 and float16 on cuda, not for float32",
+        ),
+        ({"prefill_attention": "torch", "dtype": "bfloat16"}, "on cuda, not for bfloat16 on cpu"),
         ({"model": Path("/does/not/exist")}, "/does/not/exist"),
     ],
 )

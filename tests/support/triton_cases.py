@@ -13,6 +13,9 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -70,6 +73,77 @@ def standalone_attention(device: torch.device) -> None:
     close(got, want)
     got = triton_decode.paged_decode_attention(case.q[:3], case.kv_cache, 1, tables[:3], lens[:3], *args)
     close(got, reference.paged_decode_attention(case.q[:3], case.kv_cache, 1, tables[:3], lens[:3], *args))
+
+
+def gathered(shape: Shape, pool_dtype: torch.dtype | None, device: torch.device) -> None:
+    """Contexts out of their blocks, and what attention is then given; on CUDA that attention is torch's own."""
+    from kvbaton.kernels import torch_prefill
+
+    case, _, _ = _written(shape, device)
+    n, meta = case.meta.num_decodes, case.meta
+    pool = case.kv_cache if pool_dtype is None else to_kv(case.kv_cache, pool_dtype)
+    seen: list[tuple[torch.Tensor, ...]] = []
+
+    def plain(q, k, v, cu_q, cu_k, longest, scale, window):  # type: ignore[no-untyped-def]
+        seen.append((k, v, cu_q, cu_k, longest))
+        return _rows_attend(q, k, v, cu_q.tolist(), cu_k.tolist(), scale, window)
+
+    attention = torch_prefill.flash_attention if device.type == "cuda" else plain
+    args = (case.q[n:], pool, shape.layer, meta, case.scale, shape.window)
+    out = torch_prefill.gathered_prefill_attention(*args, attention)
+    for k, v, cu_q, cu_k, longest in seen:
+        lens, queries = meta.context_lens_host[n:], meta.query_lens[n:]
+        assert (cu_q.tolist(), cu_k.tolist()) == ([0, *accumulate(queries)], [0, *accumulate(lens)])
+        assert longest == (max(queries), max(lens))
+        pairs = [reference.context_kv(pool, shape.layer, meta.block_tables[n + i], c) for i, c in enumerate(lens)]
+        for got, which in ((k, 0), (v, 1)):
+            want = torch.cat([pair[which].to(shape.dtype).transpose(0, 1) for pair in pairs])
+            assert torch.equal(got, want)
+    want = reference.paged_attention(case.q, pool, shape.layer, meta, case.scale, shape.window)
+    close(out, want[n:])
+
+
+def gathered_in_company(device: torch.device) -> None:
+    """Decode rows go to the split kernel, chunks to torch; to Triton where their contexts are too long to gather."""
+    from kvbaton.kernels import torch_prefill, triton_backend
+
+    case, _, _ = _written(replace(_BASE, dtype=torch.float16, head_dim=24), device)
+    args = (case.q, case.kv_cache, 1, case.meta, case.scale, None)
+    want = reference.paged_attention(*args)
+    gathered: list[int] = []
+
+    def counted(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+        gathered.append(len(q))
+        return want[-len(q) :]  # what it computes is checked by itself
+
+    kernels = triton_backend.TritonKernels(flash_prefill=True)
+    with patch.object(triton_backend, "gathered_prefill_attention", counted):
+        close(kernels.paged_attention(*args), want)
+        with patch.object(torch_prefill, "MAX_GATHERED_TOKENS", 114):
+            close(kernels.paged_attention(*args), want)
+        decodes = _written(Shape((1, 1), (3, 18), head_dim=24, dtype=torch.float16), device)[0]
+        args = (decodes.q, decodes.kv_cache, 1, decodes.meta, decodes.scale, None)
+        close(kernels.paged_attention(*args), reference.paged_attention(*args))
+    assert gathered == [45]
+
+
+def _rows_attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: list[int],
+    cu_k: list[int],
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Attention over contiguous rows, sequence by sequence."""
+    parts = []
+    for (a, b), (c, d) in zip(pairwise(cu_q), pairwise(cu_k), strict=True):
+        keys, values = (x[c:d].transpose(0, 1).repeat_interleave(q.shape[1] // x.shape[1], 0).float() for x in (k, v))
+        seen = reference.visible(b - a, d - c, window, q.device)
+        scores = (q[a:b].transpose(0, 1).float() @ keys.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
+        parts.append((scores.softmax(-1) @ values).transpose(0, 1))
+    return torch.cat(parts).to(q.dtype)
 
 
 def decode_alone_and_in_company(device: torch.device) -> None:
@@ -276,6 +350,20 @@ _NO_INTERPRETER = {name for name, shape in _LAYERS.items() if shape.dtype == tor
 CHECKS = (
     *(Check(name, partial(layer, shape), name not in _NO_INTERPRETER) for name, shape in _LAYERS.items()),
     Check("standalone-attention", standalone_attention),
+    *(
+        Check(f"gathered-{name}", partial(gathered, shape, pool))
+        for name, shape, pool in (
+            ("float16", replace(_BASE, dtype=torch.float16, head_dim=24), None),
+            ("window", replace(_BASE, dtype=torch.float16, head_dim=24, window=24), None),
+            (
+                "head-80",
+                Shape((20, 9), (70, 40), heads=4, kv_heads=4, head_dim=80, block_size=32, dtype=torch.float16),
+                None,
+            ),
+            ("8-bit-pool", replace(_BASE, dtype=torch.bfloat16, head_dim=32), FP8),
+        )
+    ),
+    Check("gathered-in-company", gathered_in_company),
     Check("decode-alone-and-in-company", decode_alone_and_in_company),
     Check("more-tokens-than-splits", more_tokens_than_splits),
     *(
