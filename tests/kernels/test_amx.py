@@ -25,6 +25,7 @@ from kvbaton.kernels.native_build import SOURCES
 from kvbaton.kernels.native_lib import native_library
 from support.amx_build import PANEL, Products, build, compiler_with
 from support.decoder_cases import CONFIGS, CPU, make_step, plain, widened
+from support.int8_products import Int8Products
 from support.oracle import TinyModels
 
 ROWS = (1, 2, 15, 16, 17, 31, 32, 33, 40, 64, 65, 97)
@@ -111,6 +112,17 @@ def test_neighbours_are_not_read(products: Products, inputs: int) -> None:
     got = products.summed(x, weight)
     assert torch.equal(got[::2], want[::2])
     assert got[1::2].isnan().all()
+
+
+@pytest.mark.parametrize("rows", [1, 17, 97, 230])
+def test_8_bit_weights_go_through_the_same_tiles(products: Products, rows: int) -> None:
+    """To the bit what the same integers give as bfloat16 weights: slices end where instructions do."""
+    g, narrow = torch.Generator().manual_seed(rows), Int8Products(products.library)
+    for inputs in (33, 256, 770):
+        weight = torch.randint(-127, 128, (40, inputs), generator=g, dtype=torch.int8)
+        x, bias = torch.randn(rows, inputs, generator=g).bfloat16(), torch.zeros(40)
+        assert torch.equal(narrow.int8(x, weight, torch.ones(40), bias), narrow.plain(x, weight.bfloat16()))
+    narrow.close()
 
 
 def test_nothing_is_touched_beyond_the_tensors(library_path: Path, products: Products) -> None:
