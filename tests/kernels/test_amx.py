@@ -20,12 +20,15 @@ from kvbaton.engine.greedy import generate
 from kvbaton.engine.model_loader import load_model
 from kvbaton.engine.native_decoder import NativeDecoder, native_decoder
 from kvbaton.engine.tiny import probe_prompts
+from kvbaton.kernels.cpu import CpuKernels
 from kvbaton.kernels.meta import build_attention_meta
+from kvbaton.kernels.native_attention import NativeAttention
 from kvbaton.kernels.native_build import SOURCES
 from kvbaton.kernels.native_lib import native_library
 from support.amx_build import PANEL, Products, build, compiler_with
 from support.decoder_cases import CONFIGS, CPU, make_step, plain, widened
 from support.int8_products import Int8Products
+from support.kernel_cases import Shape, expected_attention, expected_rope, make_case
 from support.oracle import TinyModels
 
 ROWS = (1, 2, 15, 16, 17, 31, 32, 33, 40, 64, 65, 97)
@@ -145,6 +148,24 @@ def test_a_decoder_errs_no_more_than_the_plain_one(products: Products, name: str
     for decoder in (plain(config, "bfloat16"), NativeDecoder(plain(config, "bfloat16"), products.library)):
         errors.append(float((step.copy(torch.bfloat16).run(decoder) - truth).square().mean().sqrt()))
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(4, 2, 16), (7, 1, 24), (3, 3, 64), (2, 1, 80), (8, 1, 128)]
+)
+@pytest.mark.parametrize("window", [None, 50])
+def test_attention_alone_is_the_oracles(
+    products: Products, heads: int, kv_heads: int, head_dim: int, window: int | None
+) -> None:
+    """Heads that are whole instructions and such that are not, chunks that begin and end within tiles; against float64
+    with the tolerance of the other kernels."""
+    lens = ((1, 1, 40, 70), (1, 300, 45, 560))
+    case = make_case(Shape(*lens, heads, kv_heads, head_dim, window=window, dtype=torch.bfloat16), seed=head_dim)
+    kernels = CpuKernels(NativeAttention(products.library))
+    q = kernels.rope_and_write_kv(case.q, case.k, case.v, case.cos, case.sin, case.kv_cache, 1, case.meta)
+    got = kernels.paged_attention(q, case.kv_cache, 1, case.meta, case.scale, window)
+    want = expected_attention(case, q, expected_rope(case, case.k).bfloat16(), case.v)
+    assert float((got.double() - want).abs().max()) < 2e-2
 
 
 @pytest.mark.parametrize("threads", [1, 3])
