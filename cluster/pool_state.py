@@ -60,6 +60,8 @@ class StorePoolState:
         while True:
             try:
                 pools = await self._readable()
+                if pools is None and last is not None and await self._store.get(DESIRED) is None:
+                    await write_desired(self._store, last)  # it has lost its data; the next manager needs them
                 if pools is not None and pools != last:
                     last = pools
                     yield pools

@@ -6,13 +6,17 @@
 
 Events are numbered by the engine's cache. A follower that starts late or sees a number missing begins again from the
 newest snapshot and goes on with the events behind it; the stream is kept long enough to reach back to it. A wrong
-index costs a longer prefill, never a wrong token, so an outage of the store is only waited for.
+index costs a longer prefill, never a wrong token, so an outage of the store is only waited for. A store that has lost
+its data shows in the number that it gives to the next batch: then a snapshot follows. A quiet engine sends an empty
+batch now and then, which also keeps what it has published from expiring.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +37,8 @@ SNAPSHOT_EVERY = 4096  # events between two snapshots
 MAX_BATCHES = 2 * SNAPSHOT_EVERY  # so that the stream always reaches back to the newest snapshot
 KEEP_S = 3600.0  # what a crashed engine leaves behind disappears by itself
 RETRY_S = 1.0
+QUIET_S = 20.0
+SNAPSHOT_S = KEEP_S / 4
 READ_LIMIT = 256
 
 
@@ -89,13 +95,24 @@ def _split(hashes: object) -> list[BlockHash]:
 class PrefixPublisher:
     """The engine's end. `add` and `snapshot` are called on the event loop with what the engine thread saw."""
 
-    def __init__(self, store: Store, engine_id: str, generation: int, want_snapshot: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        engine_id: str,
+        generation: int,
+        want_snapshot: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`want_snapshot` asks the engine thread for a snapshot, which comes back through `snapshot`."""
         self._store = store
+        self._clock = clock
         self._stream, self._key = _names(engine_id, generation)
         self._want_snapshot = want_snapshot
         self._pending: list[CacheEvent] = []
+        self._last = 0  # number of the last event sent
+        self._batches = 0  # number of the last batch, as the store counts them
         self._since_snapshot = 0
+        self._snapshot_at_s = 0.0
         self._snapshot: CacheSnapshot | None = CacheSnapshot(0, ())
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -129,28 +146,40 @@ class PrefixPublisher:
 
     async def _publish(self) -> None:
         while True:
-            await self._news.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), QUIET_S)
             await asyncio.sleep(BATCH_S)
             self._news.clear()
             try:
-                await self._flush()
+                await self.flush()
             except StoreUnavailable:
                 # Events of the outage are lost; the next snapshot repairs every index.
                 self._pending = []
                 self._want_snapshot()
                 await asyncio.sleep(RETRY_S)
 
-    async def _flush(self) -> None:
+    async def flush(self) -> None:
+        """Send what there is; where there is nothing, a sign of life. Raises `StoreUnavailable`."""
         events, self._pending = self._pending, []
         snapshot, self._snapshot = self._snapshot, None
         for start in range(0, len(events), SNAPSHOT_EVERY):
             await self._append(events[start].number, events[start : start + SNAPSHOT_EVERY])
         if snapshot is not None:
             await self._store.put(self._key, encode_snapshot(snapshot), ttl_s=KEEP_S)
-            await self._append(snapshot.number + 1, ())  # shows the gap to a follower that has missed events
+            self._last = max(self._last, snapshot.number)
+            self._snapshot_at_s = self._clock()
+        if snapshot is not None or not events:  # after a snapshot it shows the gap to a follower that has missed events
+            await self._append(self._last + 1, ())
+        if self._clock() - self._snapshot_at_s > SNAPSHOT_S:
+            self._snapshot_at_s = self._clock()
+            self._want_snapshot()
 
     async def _append(self, first: int, events: Sequence[CacheEvent]) -> None:
-        await self._store.append(self._stream, encode_events(first, events), MAX_BATCHES, ttl_s=KEEP_S)
+        number = await self._store.append(self._stream, encode_events(first, events), MAX_BATCHES, ttl_s=KEEP_S)
+        self._last = max(self._last, first + len(events) - 1)
+        if number != self._batches + 1 and self._batches:
+            self._want_snapshot()  # the store has lost what was there, the last snapshot with it
+        self._batches = number
 
 
 @dataclass(slots=True)
@@ -199,13 +228,18 @@ class PrefixFollower:
             try:
                 await self.turn(wait_s=RETRY_S)
             except StoreUnavailable:
+                for item in self._followed.values():
+                    item.known = None  # it may come back with older data, or none
                 await asyncio.sleep(RETRY_S)
 
     async def turn(self, wait_s: float) -> None:
         """Read once and bring the index up to date. Raises `StoreUnavailable`."""
         for item in [item for item in self._followed.values() if item.known is None]:
             await self._begin(item)
-        by_stream = {item.stream: item for item in self._followed.values()}
+        by_stream = {item.stream: item for item in self._followed.values() if item.known is not None}
+        if not by_stream:
+            await asyncio.sleep(wait_s)
+            return
         cursors = [Cursor(item.stream, item.cursor) for item in by_stream.values()]
         for event in await self._store.read(cursors, READ_LIMIT, wait_s):
             item = by_stream[event.stream]
@@ -216,7 +250,13 @@ class PrefixFollower:
 
     async def _begin(self, item: _Followed) -> None:
         value = await self._store.get(item.key)
-        snapshot = CacheSnapshot(0, ()) if value is None else decode_snapshot(value)
+        if value is None:  # the engine will publish one; what the index has is more likely right than nothing
+            return
+        try:
+            snapshot = decode_snapshot(value)
+        except WireError as error:
+            log.warning("%s: %s", item.key, error)
+            return
         self._index.reset(item.engine_id, snapshot.hashes)
         item.known, item.cursor = snapshot.number, 0
 

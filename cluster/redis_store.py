@@ -15,7 +15,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from kvbaton.cluster.store import MAX_WAIT_S, Cursor, Entry, StoreUnavailable, StreamEvent, redacted
+from kvbaton.cluster.store import MAX_WAIT_S, Cursor, Entry, StoreUnavailable, StreamEvent, check_cursors, redacted
 
 _CONNECT_TIMEOUT_S = 2.0
 _REPLY_TIMEOUT_S = MAX_WAIT_S + 2.0
@@ -105,6 +105,9 @@ class RedisStore:
         block = _milliseconds(min(wait_s, MAX_WAIT_S)) if wait_s > 0 else None
         async with self._translated():
             reply = await self._redis.xread(positions, count=limit, block=block)
+            if not reply:
+                counts = await self._redis.mget([self._counter(cursor.stream) for cursor in cursors])
+                check_cursors(cursors, [int(count or 0) for count in counts])
         return [event for name, events in reply for event in self._events(name, events)]
 
     async def close(self) -> None:
@@ -121,6 +124,8 @@ class RedisStore:
     async def _translated(self) -> AsyncIterator[None]:
         try:
             yield
+        except StoreUnavailable:
+            raise
         except (RedisError, OSError) as error:
             raise StoreUnavailable(f"Redis at {self.name}: {error or type(error).__name__}") from error
 

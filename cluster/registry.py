@@ -7,7 +7,8 @@
 
 An engine leaves the list when it says so (state DEAD), when a higher generation of its id appears, or when its beat has
 not moved for `ttl_s` by the watcher's own clock. While the store cannot be reached nobody leaves: serving goes on with
-the last known members, and each gets a full `ttl_s` to be heard again after it returns.
+the last known members, and each gets a full `ttl_s` to be heard again after it returns. A store that hangs, and answers
+before a call to it has failed, is no engine's silence either: between two looks no more than `LOOK_S` counts.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 TTL_S = 3.0
 POLL_S = 0.5
+LOOK_S = 1.0
 MAX_BACKOFF_S = 5.0
 _CANCEL_AGAIN_S = 0.2
 ENGINES = "engines/"
@@ -112,8 +114,11 @@ class Registration:
             await self._try(self._write(announce=False))
 
     async def _try(self, write: Coroutine[Any, Any, None]) -> None:
+        """Half a life span for the answer, so that the next beat comes in time on a connection that works."""
         try:
-            await write
+            await asyncio.wait_for(write, self._ttl_s / 2)
+        except TimeoutError:
+            self._outage.began(StoreUnavailable(f"no answer for {self._ttl_s / 2:g} s"))
         except StoreUnavailable as error:
             self._outage.began(error)
         else:
@@ -178,6 +183,7 @@ class Membership:
         self._listeners: list[Callable[[tuple[EngineInfo, ...]], None]] = []
         self._task: asyncio.Task[None] | None = None
         self._outage = Outage("membership")
+        self._looked_at = clock()
 
     @property
     def store_error(self) -> str | None:
@@ -202,10 +208,10 @@ class Membership:
         """Read the entries once and tell the listeners what changed. Raises `StoreUnavailable`."""
         entries = await self._store.entries(ENGINES)
         now = self._clock()
-        if self._outage.ended():
-            self._cursor = Cursor(CHANGES, 0)
-            for seen in self._seen.values():
-                seen.moved_at = now
+        unseen_s, self._looked_at = max(0.0, now - self._looked_at - LOOK_S), now
+        returned = self._outage.ended()
+        for seen in self._seen.values():
+            seen.moved_at = now if returned else seen.moved_at + unseen_s
         for entry in entries:
             self._note(entry, now)
         self._forget(now)
@@ -222,6 +228,7 @@ class Membership:
                 backoff_s = self._poll_s
             except StoreUnavailable as error:
                 self._outage.began(error)
+                self._cursor = Cursor(CHANGES, 0)  # it may come back with older data, or none
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 

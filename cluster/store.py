@@ -22,6 +22,10 @@ class StoreUnavailable(ConnectionError):
     """The store cannot be reached at present, or refuses; the message names it, without its password."""
 
 
+class StreamReset(StoreUnavailable):
+    """A stream ends before a reader's cursor: the store was emptied, or another took its place. Read from 0 again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     key: str
@@ -70,10 +74,18 @@ class Store(Protocol):
 
     async def read(self, cursors: Sequence[Cursor], limit: int, wait_s: float = 0.0) -> list[StreamEvent]:
         """Events past the cursors, at most `limit` of each stream, in order within it. Where there are none, wait for
-        the first for up to `wait_s` (at most MAX_WAIT_S), then return what there is, maybe nothing."""
+        the first for up to `wait_s` (at most MAX_WAIT_S), then return what there is, maybe nothing. Where there is
+        nothing, a cursor past the end of its stream raises `StreamReset`."""
         ...
 
     async def close(self) -> None: ...
+
+
+def check_cursors(cursors: Sequence[Cursor], last: Sequence[int]) -> None:
+    """Raise `StreamReset` where a stream's last number, 0 for one that is not there, is below its cursor."""
+    lost = [cursor.stream for cursor, number in zip(cursors, last, strict=True) if number < cursor.after]
+    if lost:
+        raise StreamReset(f"the store has lost {', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''}")
 
 
 def redacted(url: str) -> str:
@@ -139,8 +151,10 @@ class MemoryStore:
 
     async def read(self, cursors: Sequence[Cursor], limit: int, wait_s: float = 0.0) -> list[StreamEvent]:
         found = self._past(cursors, limit)
-        if found or wait_s <= 0:
+        if found:
             return found
+        if wait_s <= 0:
+            return self._nothing(cursors)
         deadline = asyncio.get_running_loop().time() + min(wait_s, MAX_WAIT_S)
         try:
             async with asyncio.timeout_at(deadline):
@@ -148,7 +162,7 @@ class MemoryStore:
                     await self._appended.wait()
                     found = self._past(cursors, limit)
         except TimeoutError:
-            return []
+            return self._nothing(cursors)
         return found
 
     async def close(self) -> None:
@@ -162,6 +176,10 @@ class MemoryStore:
             events = self._streams.get(cursor.stream, _Stream()).events
             found += [event for event in events if event.number > cursor.after][:limit]
         return found
+
+    def _nothing(self, cursors: Sequence[Cursor]) -> list[StreamEvent]:
+        check_cursors(cursors, [self._streams.get(cursor.stream, _Stream()).last for cursor in cursors])
+        return []
 
     def _expiry(self, ttl_s: float | None) -> float | None:
         return None if ttl_s is None else self._clock() + ttl_s

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from kvbaton.cluster import prefix_feed
 from kvbaton.cluster.prefix_feed import PrefixFollower, PrefixPublisher, decode_events, encode_events
 from kvbaton.cluster.session_fields import WireError
-from kvbaton.cluster.store import MemoryStore, StoreUnavailable
+from kvbaton.cluster.store import MemoryStore, StoreUnavailable, StreamReset
 from kvbaton.engine.block_hash import block_hashes
 from kvbaton.engine.kv_manager import CacheEvent, CacheEventKind, KVManager
 from kvbaton.router.engine_info import EngineInfo, EngineState, Role
@@ -25,7 +26,8 @@ class Feed:
     def __init__(self, store: MemoryStore) -> None:
         self.kv = KVManager(32, 4, prefix_cache=True)
         self.store = store
-        self.publisher = PrefixPublisher(store, "e0", 3, self.snapshot)
+        self.now = 0.0
+        self.publisher = PrefixPublisher(store, "e0", 3, self.snapshot, lambda: self.now)
         self.snapshots = 0
         self.asked = asyncio.Event()
 
@@ -44,7 +46,7 @@ class Feed:
 
     async def flush(self) -> None:
         self.publisher.add(self.kv.drain_events())
-        await self.publisher._flush()
+        await self.publisher.flush()
 
 
 async def follow(store: MemoryStore) -> tuple[PrefixFollower, PrefixIndex]:
@@ -130,6 +132,72 @@ async def test_outage_is_waited_for_and_repaired(monkeypatch: pytest.MonkeyPatch
     await follower.close()
     await feed.publisher.stop()
     assert await feed.store.entries("prefix-snapshot/") == []
+
+
+async def test_a_store_that_was_emptied_has_everything_again_with_the_next_batch() -> None:
+    """Guards an index that stays empty, or stops at a number that the new stream will not have for hours."""
+    feed = Feed(MemoryStore())
+    follower, index = await follow(feed.store)
+    prompts = [feed.prompt(1000 * i, 2) for i in range(4)]
+    await feed.flush()
+    await feed.flush()
+    await follower.turn(wait_s=0)
+    await feed.store.close()
+    with pytest.raises(StreamReset):
+        await follower.turn(wait_s=0)
+    assert held(index, prompts) == [2] * 4, "what is known stays known"
+    await feed.flush()  # nothing new: the sign of life of a quiet engine
+    assert feed.snapshots == 1
+    await feed.flush()
+    prompts.append(feed.prompt(9000, 2))
+    await feed.flush()
+    for _ in range(2):
+        with contextlib.suppress(StreamReset):
+            await follower.turn(wait_s=0)
+        for item in follower._followed.values():
+            item.known = None  # as `_run` does at an outage
+    await follower.turn(wait_s=0)
+    assert held(index, prompts) == [2] * 5
+    assert feed.snapshots == 1, "once is enough"
+    _, late = await follow(feed.store)
+    assert held(late, prompts) == [2] * 5
+
+
+async def test_a_quiet_engine_is_still_known_after_its_life_span() -> None:
+    """Guards an ingress that starts an hour after the last prompt, when what was published then has expired."""
+    feed = Feed(MemoryStore(lambda: feed.now))
+    prompt = feed.prompt(0, 5)
+    await feed.flush()
+    while feed.now < 2.5 * prefix_feed.KEEP_S:
+        feed.now += prefix_feed.QUIET_S
+        await feed.flush()
+    assert 8 <= feed.snapshots <= 12
+    follower, index = await follow(feed.store)
+    assert held(index, [prompt]) == [5]
+    prompt = feed.prompt(5000, 3)
+    await feed.flush()
+    await follower.turn(wait_s=0)
+    assert held(index, [prompt]) == [3]
+
+
+async def test_a_hostile_snapshot_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the one task that follows every engine."""
+    monkeypatch.setattr(prefix_feed, "RETRY_S", 0.01)
+    feed = Feed(MemoryStore())
+    prompt = feed.prompt(0, 3)
+    await feed.flush()
+    await feed.store.put("prefix-snapshot/e0/3", b"\xc1")
+    index = PrefixIndex()
+    follower = PrefixFollower(feed.store, index)
+    follower.follow((ENGINE,))
+    follower.start()
+    await asyncio.sleep(0.05)
+    feed.snapshot()
+    await feed.flush()
+    async with asyncio.timeout(10):
+        while held(index, [prompt]) != [3]:  # noqa: ASYNC110 (the index has nobody to tell)
+            await asyncio.sleep(0.01)
+    await follower.close()
 
 
 async def test_hostile_values_are_refused() -> None:

@@ -113,13 +113,15 @@ async def test_engine_without_a_beat_is_forgotten_after_the_life_span() -> None:
     info = make_info()
     await put(store, info, 1)
     await membership.look()
-    clock.now += 3.0
-    await membership.look()
+    for _ in range(3):
+        clock.now += 1.0
+        await membership.look()
     assert membership.engines == (info,)
     await put(store, info, 2)
     await membership.look()
-    clock.now += 3.0
-    await membership.look()
+    for _ in range(3):
+        clock.now += 1.0
+        await membership.look()
     assert membership.engines == (info,)
     clock.now += 0.001
     await membership.look()
@@ -140,6 +142,52 @@ async def test_emptied_store_does_not_empty_the_list_at_once() -> None:
     clock.now += 1.0
     await membership.look()
     assert membership.engines == (info,)
+
+
+async def test_a_store_that_hangs_is_no_silence_of_the_engines() -> None:
+    """Guards against every engine being dropped, and killed as hanging, when a call to the store takes 4 s and then
+    answers: the entries have expired by then, and the engines' beats come right behind."""
+    clock, store = Clock(), MemoryStore()
+    membership = Membership(store, clock, ttl_s=3.0)
+    info = make_info()
+    await put(store, info, 1)
+    await membership.look()
+    for beat in range(2, 6):
+        await store.close()
+        clock.now += 3.9
+        await membership.look()
+        assert membership.engines == (info,)
+        clock.now += 0.5
+        await put(store, info, beat)
+        await membership.look()
+    for _ in range(4):
+        assert membership.engines == (info,)
+        clock.now += 3.9
+        await membership.look()
+    assert membership.engines == (), "a dead engine is found all the same"
+
+
+async def test_a_beat_is_given_up_in_time_for_the_next_one() -> None:
+    """Guards an engine that waits for an answer on a dead connection until it counts as silent."""
+    store = FlakyStore()
+    hangs = asyncio.Event()
+    registration = Registration(store, make_info(), heartbeat_s=0.005, ttl_s=0.05)
+    await registration.start()
+
+    async def hanging(*args: object, **kwargs: object) -> None:
+        hangs.set()
+        await asyncio.Event().wait()
+
+    store.put = hanging  # type: ignore[method-assign]
+    await hangs.wait()
+    beats: list[int] = []
+
+    async def counting(key: str, value: bytes, ttl_s: float | None = None) -> None:
+        beats.append(decode_entry(value)[1])
+
+    store.put = counting  # type: ignore[method-assign]
+    await eventually(lambda: len(beats) > 1)
+    await registration.stop()
 
 
 async def test_dead_engine_leaves_at_its_own_word() -> None:
@@ -213,8 +261,10 @@ async def test_store_that_goes_away_costs_no_member(caplog: pytest.LogCaptureFix
     store.down = False
     await eventually(lambda: membership.store_error is None)
     assert membership.engines == (info,)  # a full life span from here to be heard again
-    clock.now += 3.001
-    await eventually(lambda: membership.engines == ())
+    for _ in range(4):
+        clock.now += 1.0
+        await eventually(lambda: membership._looked_at == clock.now)
+    assert membership.engines == ()
     await membership.close()
     said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert said == ["membership: Redis at redis://h:1/0: refused", "membership: the store is back"]

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from kvbaton.cluster.redis_store import RedisStore
-from kvbaton.cluster.store import Cursor, Entry, MemoryStore, Store, StoreUnavailable, StreamEvent, redacted
+from kvbaton.cluster.store import (
+    Cursor,
+    Entry,
+    MemoryStore,
+    Store,
+    StoreUnavailable,
+    StreamEvent,
+    StreamReset,
+    redacted,
+)
 from kvbaton.cluster.valkey import EmbeddedValkey
 
 
@@ -116,6 +125,17 @@ async def test_deleted_stream_starts_again_at_one(store: Store) -> None:
     await store.delete("s")
     assert await store.read([Cursor("s", 0)], 10) == []
     assert await store.append("s", b"c", 10) == 1
+
+
+async def test_cursor_past_the_end_is_told(store: Store) -> None:
+    """Guards a reader that waits for a number which a store that was emptied gives out in an hour or never."""
+    await store.append("s", b"a", 10)
+    await store.append("t", b"a", 10)
+    for wait_s in (0.0, 0.01):
+        assert await store.read([Cursor("s", 1), Cursor("t", 1)], 10, wait_s) == []
+        with pytest.raises(StreamReset, match="has lost t"):
+            await store.read([Cursor("s", 1), Cursor("t", 2)], 10, wait_s)
+        assert await store.read([Cursor("s", 0), Cursor("t", 2)], 10, wait_s) == [StreamEvent("s", 1, b"a")]
 
 
 async def test_stream_of_a_dead_writer_vanishes(store: Store) -> None:

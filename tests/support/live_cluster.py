@@ -14,6 +14,7 @@ from random import Random
 
 from kvbaton.cluster.client import ClientConfig, ClusterClient
 from kvbaton.cluster.engine_host import EngineStats
+from kvbaton.cluster.prefix_feed import PrefixFollower
 from kvbaton.cluster.redis_store import RedisStore
 from kvbaton.cluster.registry import Membership
 from kvbaton.cluster.valkey import EmbeddedValkey
@@ -22,6 +23,7 @@ from kvbaton.router.engine_info import EngineState, Role
 from kvbaton.router.placement import RouterConfig
 from kvbaton.router.router import Router
 from support.engine_process import SECRET, EngineOptions, EngineProcess, host_settings
+from support.external_valkey import ExternalValkey
 
 
 class Stream:
@@ -75,6 +77,7 @@ class LiveCluster:
         counts: dict[Role, int],
         config: ClientConfig | None = None,
         router: RouterConfig | None = None,
+        valkey: EmbeddedValkey | ExternalValkey | None = None,
     ) -> None:
         self.engines: dict[str, EngineProcess] = {}
         self.url = ""
@@ -83,7 +86,7 @@ class LiveCluster:
         self._counts = counts
         self._config = config or ClientConfig()
         self._router_config = router or RouterConfig()
-        self._valkey = EmbeddedValkey()
+        self._valkey = valkey or EmbeddedValkey()
 
     async def start(self) -> None:
         self.url = self._valkey.start()
@@ -97,10 +100,14 @@ class LiveCluster:
         self.router = Router(self._router_config, time.monotonic, Random(0))
         self.client = ClusterClient(self.membership, self.router, SECRET, "test-ingress", self._config)
         await self.client.start()
+        self.prefixes = PrefixFollower(self.store, self.router.index)
+        self.membership.subscribe(self.prefixes.follow)
+        self.prefixes.start()
         await self.until_connected()
 
     async def stop(self) -> None:
         await self.client.close()
+        await self.prefixes.close()
         await self.membership.close()
         await asyncio.gather(*(asyncio.to_thread(engine.stop) for engine in self.engines.values()))
         await self.store.close()
