@@ -7,7 +7,8 @@
 With TRITON_INTERPRET=1 before the last one the checks are of Triton's kernels, in its interpreter.
 
 Needs torch, triton, transformers' dependencies and this repository; no network, no Ray, no Redis. Writes
-gpu_check.json and gpu_check.md to the folder of --out after every section, so that a run cut short leaves what it had.
+gpu_check.json and gpu_check.md to the folder of --out with every value found, so that a run cut short leaves what it
+had. On a GPU each part runs in a process of its own: one that breaks, dies or hangs does not take the others with it.
 
 Exit status: 0 every check passed; 1 one failed; 2 there is no GPU. Missed goals are reported and change nothing.
 """
@@ -15,28 +16,25 @@ Exit status: 0 every check passed; 1 one failed; 2 there is no GPU. Missed goals
 from __future__ import annotations
 
 import argparse
-import os
+import math
 import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from gpucheck import floors, speed, split
-from gpucheck.checks import Bench, CheckResult, kernel_checks, run_check
-from gpucheck.model_checks import model_checks, small_config
-from gpucheck.overlap import overlap
-from gpucheck.report import Report, Skipped
-from gpucheck.rig import BATCHES, Rig
-from gpucheck.timing import Clock
-
-from kvbaton.kernels.backend import Kernels, kernels_for
-from kvbaton.kernels.kv_dtype import FP8
+from gpucheck import floors
+from gpucheck.checks import CheckResult
+from gpucheck.isolation import ContextBroken, OutOfTime, PartFailed, isolated
+from gpucheck.parts import BESIDE, CEILINGS, CHECKS, DRAWS, SPLIT, Options, all_checks, run_part
+from gpucheck.report import Report
+from gpucheck.results import Skipped
 
 PASSED, FAILED, NO_GPU = 0, 1, 2
+BUDGET_S = 590.0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -49,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=list(floors.models()), help="only these")
     parser.add_argument("--kv-dtype", choices=("auto", "fp8_e4m3"), default="auto", help="of the measured pools")
     parser.add_argument("--seed", type=int, default=None, help="of the random inputs; a new one each run")
-    parser.add_argument("--budget-s", type=float, default=540.0, help="no section begins after so many seconds")
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds until it ends, done or not")
     args = parser.parse_args(argv)
     if args.device.startswith("cpu") and not args.self_test:
         parser.error("--device cpu measures nothing; add --self-test to try the program out")
@@ -57,36 +55,67 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Session:
-    """The report, and the time that is left."""
+    """The report, the time that is left, and how a part runs: in a process of its own where a device may be lost."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.args = args
-        self.device = device
-        self.clock = Clock(device, 2 if args.self_test else 10 if args.quick else 20)
         self._deadline = time.monotonic() + args.budget_s
         seed = time.time_ns() % (1 << 31) if args.seed is None else args.seed
         command = shlex.join([Path(sys.executable).name, *sys.argv])
         self.report = Report(command, machine(device), seed)
+        self._options = Options(device, seed, args.self_test, args.quick, args.kv_dtype)
+        self._isolated = device.type == "cuda"
 
-    def section(self, what: str, run: Callable[[], None]) -> None:
-        """`run` it if there is time; a failure is part of the report, and the next section still runs."""
+    def part(self, name: str) -> None:
+        """Run it if there is time. What it found is kept whatever becomes of it, and the next part still runs."""
         if time.monotonic() > self._deadline:
-            self.report.skipped.append(Skipped(what, f"the budget of {self.args.budget_s:g} s was used up"))
+            why = f"the budget of {self.args.budget_s:g} s was used up"
+            self.report.skipped.append(Skipped(name, why))
         else:
-            print(f"{what} ...", flush=True)
-            try:
-                run()
-            except Exception:
-                self.report.problems.append(Skipped(what, traceback.format_exc()))
+            print(f"{name} ...", flush=True)
+            self._run(name)
         self.report.write(self.args.out)
 
-    def collect(self, into: list, results: Iterable) -> None:
-        """Keep results as they come; what was skipped goes where skipped things go."""
-        for result in results:
-            (self.report.skipped if isinstance(result, Skipped) else into).append(result)
-            self.report.write(self.args.out)
-            if time.monotonic() > self._deadline:
-                return
+    def _run(self, name: str) -> None:
+        try:
+            if name == CHECKS:
+                self._run_checks()
+            else:
+                self._take(name, self._options)
+        except OutOfTime:
+            self.report.skipped.append(Skipped(f"the rest of: {name}", "the budget was used up"))
+        except Exception as error:
+            why = str(error) if isinstance(error, PartFailed) else traceback.format_exc()
+            self.report.problems.append(Skipped(name, why))
+
+    def _run_checks(self) -> None:
+        """One that takes its process with it has failed; the others go on behind it."""
+        names = [check.name for check in all_checks(self.args.self_test)]
+        while len(self.report.checks) < len(names):
+            try:
+                self._take(CHECKS, replace(self._options, first_check=len(self.report.checks)))
+            except OutOfTime:
+                raise
+            except ContextBroken:
+                continue
+            except PartFailed as error:
+                failed = CheckResult(names[len(self.report.checks)], math.nan, 0.0, 0.0, problem=str(error))
+                self._add("checks", failed)
+
+    def _take(self, name: str, options: Options) -> None:
+        options = replace(options, ceilings=self.report.ceilings)
+        found = isolated(name, options, self._deadline) if self._isolated else run_part(name, options)
+        with closing(found):
+            for field, value in found:
+                self._add(field, value)
+                if not self._isolated and time.monotonic() > self._deadline:
+                    raise OutOfTime
+
+    def _add(self, field: str, value: object) -> None:
+        if isinstance(value, CheckResult):
+            print(f"  {'ok    ' if value.passed else 'FAILED'} {value.name}: {value.error:.2e}", flush=True)
+        self.report.add(field, value)
+        self.report.write(self.args.out)
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -104,60 +133,13 @@ def machine(device: torch.device) -> dict[str, str]:
     }
 
 
-def _kernels(device: torch.device) -> Kernels:
-    """Triton's on a GPU, and in its interpreter where TRITON_INTERPRET=1 asks for it."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        from kvbaton.kernels.triton_backend import TritonKernels
-
-        return TritonKernels()
-    return kernels_for(device)
-
-
-def check_all(session: Session) -> None:
-    generator = torch.Generator(session.device).manual_seed(session.report.seed)
-    bench = Bench(session.device, _kernels(session.device), generator)
-    for check in (*kernel_checks(session.args.self_test), *model_checks(session.args.self_test)):
-        result = run_check(check, bench)
-        session.report.checks.append(result)
-        print(f"  {'ok    ' if result.passed else 'FAILED'} {result.name}: {result.error:.2e}", flush=True)
-
-
-def measure_ceilings(session: Session) -> None:
-    session.report.ceilings = speed.ceilings(session.clock, session.args.self_test)
-
-
-def measure_model(session: Session, name: str) -> None:
-    args, report, clock, found = session.args, session.report, session.clock, session.report.ceilings
-    if found is None:
-        raise RuntimeError("the ceilings were not measured")
-    tiny, quick = args.self_test, args.quick
-    config = small_config() if tiny else floors.models()[name]
-    batches, contexts = (BATCHES, (1024, 4096)) if not (tiny or quick) else ((1, 32, 256), (1024,))
-    lengths: tuple[int, ...] = (512, 8192) if quick else (512, 2048, 8192, 32768)
-    if tiny:
-        batches, contexts, lengths = (1, 8), (40,), (64,)
-    kv_dtype = FP8 if args.kv_dtype == "fp8_e4m3" else None
-    tokens = max(batches[-1] * (contexts[-1] + 64), lengths[-1])
-    with torch.inference_mode(), closing(Rig(config, session.device, kv_dtype, tokens)) as rig:
-        session.collect(report.decode, speed.decode(rig, name, batches, contexts, clock, found))
-        session.collect(report.overlap, overlap(rig, name, batches, contexts[0], clock))
-        session.collect(report.prefill, speed.prefill(rig, name, lengths, clock, found))
-        if not (tiny or quick):
-            session.collect(report.chunks, speed.chunk_sizes(rig, name, clock, found))
-        session.collect(report.blocks, speed.block_copies(rig, name, clock, found))
-
-
-def check_split(session: Session) -> None:
-    lacking = split.missing()
-    if lacking:
-        session.report.skipped.append(Skipped("the split on one device", f"not installed: {', '.join(lacking)}"))
-        return
-    began = time.perf_counter()
-    wrong, compared = split.wrong_tokens(session.device)
-    seconds = time.perf_counter() - began
-    session.report.checks.append(
-        CheckResult("split over UCX, two engines", float(wrong), 0.0, seconds, f"{compared} tokens")
-    )
+def part_names(args: argparse.Namespace) -> list[str]:
+    """In the order in which they run: what is most worth knowing first."""
+    names = [CHECKS]
+    if not args.checks_only:
+        models = list(floors.models())[: 1 if args.quick else None]
+        names += [CEILINGS, BESIDE, *(["tiny"] if args.self_test else args.models or models), DRAWS]
+    return names if args.self_test else [*names, SPLIT]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -170,16 +152,8 @@ def main(argv: list[str] | None = None) -> int:
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     session = Session(args, device)
-    session.section("checks against float64", lambda: check_all(session))
-    if not args.checks_only:
-        session.section("ceilings", lambda: measure_ceilings(session))
-        names = ["tiny"] if args.self_test else args.models or list(floors.models())[: 1 if args.quick else None]
-        for name in names:
-            session.section(name, lambda name=name: measure_model(session, name))
-        tiny = args.self_test
-        session.section("draws", lambda: session.collect(session.report.draws, speed.draws(session.clock, tiny)))
-    if not args.self_test:
-        session.section("split on one device", lambda: check_split(session))
+    for name in part_names(args):
+        session.part(name)
     session.report.finished = True
     session.report.write(args.out)
     print(session.report.markdown())

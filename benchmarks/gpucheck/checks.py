@@ -150,6 +150,43 @@ def attention(shape: Shape, bench: Bench) -> Outcome:
     return Outcome(distance(out, oracle.attention(step)), LIMITS[shape.dtype])
 
 
+def linear_int8(dtype: torch.dtype, outs: int, ins: int, bench: Bench) -> Outcome:
+    """Products with 8-bit weights, few rows and many; the same rows alone, which must give the same bits."""
+    errors = []
+    weight = torch.randint(-127, 128, (outs, ins), dtype=torch.int8, generator=bench.generator, device=bench.device)
+    scale = normal((outs,), torch.float32, bench.generator).abs() / 73 / ins**0.5
+    bias = normal((outs,), dtype, bench.generator)
+    for rows in (1, 5, 33, 64, 65, 300):
+        x = normal((rows, ins), dtype, bench.generator)
+        got = bench.kernels.linear_int8(x, weight, scale, bias)
+        want = x.double() @ weight.double().T * scale.double() + bias.double()
+        errors.append(distance(got, want))
+    return Outcome(max(errors), max(LIMITS[dtype], 1e-4))  # thousands of terms in float32
+
+
+def linear_in_company(bench: Bench) -> Outcome:
+    """Rows that differ from what they give alone, among up to 64 rows, and among more."""
+    weight = torch.randint(-127, 128, (4096, 4096), dtype=torch.int8, generator=bench.generator, device=bench.device)
+    scale = normal((4096,), torch.float32, bench.generator).abs() / 5000
+    x = normal((700, 4096), torch.bfloat16, bench.generator)
+    wrong = 0
+    for most, counts in ((64, (1, 16, 17, 33)), (700, (65, 256, 257))):
+        together = bench.kernels.linear_int8(x[:most], weight, scale)
+        for count in counts:
+            wrong += int((bench.kernels.linear_int8(x[:count], weight, scale) != together[:count]).any(-1).sum())
+    return Outcome(float(wrong), EXACT)
+
+
+def flash_prefill(shape: Shape, bench: Bench) -> Outcome:
+    """Chunks by torch's flash attention over gathered contexts, decode rows by ours."""
+    from kvbaton.kernels.triton_backend import TritonKernels
+
+    step = oracle.make_step(shape, bench.generator)
+    kernels, scale = TritonKernels(flash_prefill=True), shape.head_dim**-0.5
+    out = kernels.paged_attention(step.q, step.pool, LAYER, step.meta, scale, shape.window)
+    return Outcome(distance(out, oracle.attention(step)), LIMITS[shape.dtype])
+
+
 def blocks(dtype: torch.dtype, bench: Bench) -> Outcome:
     """Whole blocks, bit for bit, and nothing else."""
     pool = normal((11, 3, 2, 2, 16, 40), torch.float32, bench.generator).to(dtype)
@@ -180,6 +217,8 @@ def kernel_checks(tiny: bool) -> Iterator[Check]:
         for width in (96, 1100) if tiny else (128, 1100, 4096):
             yield Check(f"norms {width} {_name(dtype)}", partial(norms, dtype, width))
         yield Check(f"silu_mul {_name(dtype)}", partial(silu, dtype, 200 if tiny else 12288))
+        for outs, ins in ((40, 1100),) if tiny else ((70, 1100), (4096, 14336)):
+            yield Check(f"product {outs} x {ins} int8 {_name(dtype)}", partial(linear_int8, dtype, outs, ins))
         yield Check(f"rope + kv write {_name(dtype)}", partial(rope, replace(mixed, dtype=dtype), mixed.head_dim // 2))
         yield Check(f"decode attention {_name(dtype)}", partial(attention, replace(decode, dtype=dtype)))
         yield Check(f"mixed attention {_name(dtype)}", partial(attention, replace(mixed, dtype=dtype)))
@@ -200,6 +239,9 @@ def _special_shapes(decode: Shape, mixed: Shape, tiny: bool) -> Iterator[Check]:
     yield Check("seven heads a group", partial(attention, replace(_MIXED, heads=14, head_dim=64, block_size=16)))
     yield Check("head_dim 80", partial(attention, replace(_MIXED, heads=4, kv_heads=4, head_dim=80, block_size=64)))
     yield Check("head_dim 256", partial(attention, replace(_MIXED, heads=4, head_dim=256)))
+    yield Check("int8 rows alone and in company", linear_in_company)
+    yield Check("flash prefill", partial(flash_prefill, _MIXED))
+    yield Check("flash prefill, window, 8-bit pool", partial(flash_prefill, replace(_MIXED, window=24, kv_dtype=FP8)))
     yield Check("8-bit pool, write", partial(rope, replace(_MIXED, kv_dtype=FP8), 64))
     yield Check("8-bit pool, decode", partial(attention, replace(_DECODE, kv_dtype=FP8)))
     yield Check("8-bit pool, mixed", partial(attention, replace(_MIXED, kv_dtype=FP8)))

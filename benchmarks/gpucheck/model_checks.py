@@ -16,6 +16,7 @@ from kvbaton.cluster.worker import Worker
 from kvbaton.cluster.worker_types import Submitted
 from kvbaton.engine import moe as experts_module
 from kvbaton.engine.batch import ScheduledRow
+from kvbaton.engine.chunk_size import chunk_sizes
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
 from kvbaton.engine.decoder import Decoder
 from kvbaton.engine.device_sampler import DeviceSampler
@@ -116,6 +117,16 @@ def _served(device: torch.device, pipelined: str) -> dict[tuple[str, int], int |
     return {(o.request_id, o.index): o.token_id for outputs in worker.take_outputs().values() for o in outputs}
 
 
+def measured_chunk(bench: Bench) -> Outcome:
+    """An engine that times itself at its start: it chooses a size that it tried, and has all of its blocks."""
+    cache = CacheConfig(16, kv_memory_bytes=4 << 20)
+    config = EngineConfig(Path(), str(bench.device), "float32", 512, cache=cache, batch=BatchConfig(max_running=4))
+    engine = Engine(replace(config, measure_chunk=True), _copied(bench.device, "float32"), bench.device)
+    chosen, sizes = engine.limits.prefill_chunk_tokens, chunk_sizes(512)
+    right = chosen in sizes and engine.kv.counts().free == engine.kv.num_blocks
+    return Outcome(float(not right), EXACT, f"{chosen} of {sizes}")
+
+
 def _step(engine: Engine, parts: list[tuple[Sequence, int]]) -> None:
     rows = [ScheduledRow(seq, n, (0,) if seq.num_computed + n == len(seq.tokens) else ()) for seq, n in parts if n]
     if not rows:
@@ -177,6 +188,7 @@ def model_checks(tiny: bool) -> Iterator[Check]:
     yield Check("logits bfloat16 = CPU", partial(logits_equal_cpu, "bfloat16", 0.1))
     for graphs in (False, True):
         yield Check(f"tokens float32, {'graphs' if graphs else 'eager'}", partial(engine_tokens, graphs, "auto"))
+    yield Check("chunk size measured at start", measured_chunk)
     yield Check("tokens of overlapping steps", overlapping_tokens)
     yield Check("tokens, 8-bit pool, graphs", partial(engine_tokens, True, "fp8_e4m3"))
     yield Check("experts", experts)

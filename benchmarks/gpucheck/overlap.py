@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
-from gpucheck.report import OverlapResult, Skipped
+from gpucheck.results import OverlapResult, Skipped
 from gpucheck.rig import Rig
 from gpucheck.timing import WARM_UP, Clock
 

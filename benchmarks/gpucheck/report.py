@@ -1,4 +1,4 @@
-"""What was measured, as values, JSON and markdown. Nothing here touches a device."""
+"""All that was measured, as JSON and markdown. Nothing here touches a device."""
 
 from __future__ import annotations
 
@@ -10,113 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from gpucheck.checks import CheckResult
-from gpucheck.floors import BLOCKS_GOAL, Ceilings
+from gpucheck.floors import Ceilings
+from gpucheck.results import (
+    AttentionResult,
+    BlockResult,
+    DecodeResult,
+    DrawResult,
+    LinearResult,
+    OverlapResult,
+    PrefillResult,
+    Skipped,
+)
 
 NOT_RUN = "*not run on a GPU*"
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    what: str
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeResult:
-    """`step_s` is what the host sees, tokens included; the parts are graphs of their own."""
-
-    model: str
-    batch: int
-    context: int
-    step_s: float
-    floor_s: float
-    goal: float
-    graph_s: float
-    weights_s: float
-    attention_s: float
-    rest_s: float
-    first_s: float
-
-    @property
-    def over_floor(self) -> float:
-        return self.step_s / self.floor_s
-
-    @property
-    def gaps_s(self) -> float:
-        """Of the step, what no kernel accounts for: launches, the host between steps, the way of the tokens."""
-        return self.step_s - self.weights_s - self.attention_s - self.rest_s
-
-    @property
-    def met(self) -> bool:
-        return self.over_floor <= self.goal
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillResult:
-    model: str
-    tokens: int
-    chunk: int
-    seconds: float
-    flop: int
-    floor_s: float
-    goal: float
-
-    @property
-    def share(self) -> float:
-        """Of the measured matmul rate."""
-        return self.floor_s / self.seconds
-
-    @property
-    def met(self) -> bool:
-        """The goal is set at 8k; shorter prompts are reported only."""
-        return self.share >= self.goal or self.tokens < 8192
-
-
-@dataclass(frozen=True, slots=True)
-class OverlapResult:
-    """Seconds a decode step of a running worker: `device_s` is the device's own work, the others what passes from one
-    step to the next, each waited for before the next is scheduled (`alone_s`) or overlapping."""
-
-    model: str
-    batch: int
-    context: int
-    device_s: float
-    alone_s: float
-    overlapped_s: float
-
-    @property
-    def alone_gap_s(self) -> float:
-        return self.alone_s - self.device_s
-
-    @property
-    def overlapped_gap_s(self) -> float:
-        return self.overlapped_s - self.device_s
-
-
-@dataclass(frozen=True, slots=True)
-class BlockResult:
-    model: str
-    what: str
-    block_bytes: int
-    moved_bytes: int
-    seconds: float
-    copy_bytes_s: float
-
-    @property
-    def share(self) -> float:
-        return self.moved_bytes / self.seconds / self.copy_bytes_s
-
-    @property
-    def met(self) -> bool:
-        return self.share >= BLOCKS_GOAL
-
-
-@dataclass(frozen=True, slots=True)
-class DrawResult:
-    kind: str
-    rows: int
-    vocab: int
-    seconds: float
 
 
 @dataclass
@@ -133,6 +39,8 @@ class Report:
     prefill: list[PrefillResult] = field(default_factory=list)
     chunks: list[PrefillResult] = field(default_factory=list)
     blocks: list[BlockResult] = field(default_factory=list)
+    attention: list[AttentionResult] = field(default_factory=list)
+    linear: list[LinearResult] = field(default_factory=list)
     draws: list[DrawResult] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     problems: list[Skipped] = field(default_factory=list)
@@ -143,6 +51,13 @@ class Report:
         """Every check was right and every section ran to its end. Goals are reported, not enforced."""
         return all(check.passed for check in self.checks) and not self.problems
 
+    def add(self, field: str, value: Any) -> None:
+        """`field` is a list's name, or `ceilings`."""
+        if field == "ceilings":
+            self.ceilings = value
+        else:
+            getattr(self, field).append(value)
+
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in (("gpu_check.json", self.json()), ("gpu_check.md", self.markdown())):
@@ -152,7 +67,7 @@ class Report:
 
     def json(self) -> str:
         values = asdict(self)
-        for name in ("decode", "overlap", "prefill", "chunks", "blocks", "checks"):
+        for name in ("decode", "overlap", "prefill", "chunks", "blocks", "attention", "linear", "checks"):
             for value, item in zip(values[name], getattr(self, name), strict=True):
                 value.update(_derived(item))
         values["passed"] = self.passed
@@ -164,13 +79,26 @@ class Report:
         parts += [f"- seed: {self.seed}", f"- finished: {'yes' if self.finished else 'no: cut short'}", ""]
         if self.machine.get("device", "cpu") == "cpu":
             parts += [f"{NOT_RUN}: these figures try the program out, and say nothing of any device.", ""]
-        for section in (_ceilings, _decode, _overlap, _prefill, _chunks, _blocks, _draws, _checks, _notes):
+        for section in (
+            _ceilings,
+            _decode,
+            _overlap,
+            _prefill,
+            _chunks,
+            _blocks,
+            _attention,
+            _linear,
+            _draws,
+            _checks,
+            _notes,
+        ):
             parts += section(self)
         return "\n".join(parts) + "\n"
 
 
 def _derived(item: Any) -> dict[str, Any]:
     names = ("over_floor", "gaps_s", "alone_gap_s", "overlapped_gap_s", "share", "met", "passed")
+    names += ("torch_over_ours", "int8_over_bfloat16")
     return {name: getattr(item, name) for name in names if hasattr(type(item), name)}
 
 
@@ -262,6 +190,40 @@ def _blocks(report: Report) -> list[str]:
         for r in report.blocks
     ]
     return table("Block copies", ("model", "what", "block bytes", "GB/s", "of copy rate", "met"), rows)
+
+
+def _attention(report: Report) -> list[str]:
+    head = (
+        "model",
+        "queries",
+        "context",
+        "ours ms",
+        "TFLOP/s",
+        "torch ms",
+        "gather ms",
+        "torch + gather / ours",
+        "apart",
+    )
+    rows = [
+        (
+            r.model, str(r.queries), str(r.context), _ms(r.ours_s), f"{r.flop / r.ours_s / 1e12:.1f}", _ms(r.torch_s),
+            _ms(r.gather_s), f"{r.torch_over_ours:.2f}", f"{r.apart:.1e}",
+        )
+        for r in report.attention
+    ]  # fmt: skip
+    return table("Prefill attention of a layer, beside torch's flash attention", head, rows)
+
+
+def _linear(report: Report) -> list[str]:
+    head = ("model", "matrix", "rows", "int8 ms", "bfloat16 ms", "int8 / bfloat16", "floor ms", "int8 / floor")
+    rows = [
+        (
+            r.model, f"{r.what} {r.outs} x {r.ins}", str(r.rows), _ms(r.int8_s), _ms(r.bfloat16_s),
+            f"{r.int8_over_bfloat16:.2f}", _ms(max(r.floor_s, r.flop_floor_s)), f"{r.over_floor:.2f}",
+        )
+        for r in report.linear
+    ]  # fmt: skip
+    return table("Products with 8-bit weights, beside bfloat16", head, rows)
 
 
 def _draws(report: Report) -> list[str]:

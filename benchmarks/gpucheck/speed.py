@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from gpucheck import floors
 from gpucheck.floors import Ceilings
-from gpucheck.report import BlockResult, DecodeResult, DrawResult, PrefillResult, Skipped
+from gpucheck.results import BlockResult, DecodeResult, DrawResult, PrefillResult, Skipped
 from gpucheck.rig import Rig
 from gpucheck.timing import Clock
 

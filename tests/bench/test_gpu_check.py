@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import gpu_check
 import pytest
 import torch
-from gpucheck import checks, floors
+from gpucheck import checks, floors, isolation, parts
 from gpucheck.checks import Bench, Check, CheckResult, Outcome, kernel_checks, run_check
 from gpucheck.floors import Ceilings, decode_floor_s, decode_goal, models, prefill_flop, weight_bytes
 from gpucheck.model_checks import PROMPTS, small_config
-from gpucheck.report import BlockResult, DecodeResult, PrefillResult, Report, Skipped
+from gpucheck.parts import Options
+from gpucheck.report import Report
+from gpucheck.results import BlockResult, DecodeResult, PrefillResult, Skipped
 from gpucheck.rig import Rig
 
 from kvbaton.engine.greedy import generate
 from kvbaton.engine.model_loader import random_model
 from kvbaton.kernels.cpu import CpuKernels
+from support import gpu_parts
 
 CPU = torch.device("cpu")
 STEP = DecodeResult("m", 32, 1024, 4e-3, 3e-3, 1.15, 3.5e-3, 2e-3, 1e-3, 0.4e-3, 1.0)
@@ -194,6 +200,56 @@ def test_the_whole_program_at_tiny_shapes(tmp_path: Path) -> None:
     assert "not run on a GPU" in (tmp_path / "gpu_check.md").read_text()
 
 
+def found_of(name: str, part: isolation.Part, device: torch.device = CPU, silence_s: float = 60.0) -> list[str]:
+    """Names of what was found, and the message of what ended it."""
+    names = []
+    try:
+        for _, value in isolation.isolated(name, Options(device, 1), time.monotonic() + 120.0, silence_s, part):
+            assert isinstance(value, CheckResult)
+            names.append(value.name)
+    except isolation.PartFailed as error:
+        return [*names, str(error).strip().splitlines()[-1]]
+    return names
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("raises", "ValueError: no such shape"),
+        ("crashes", "its process ended with status -11"),
+    ],
+)
+def test_a_part_that_ends_badly_leaves_what_it_found(name: str, end: str) -> None:
+    """A fault of a kernel ends a process: the program must live, and say so."""
+    assert found_of(name, gpu_parts.ends_badly) == ["c0", end]
+
+
+def test_a_part_that_hangs_is_ended() -> None:
+    """A kernel that never returns must not take the time of all the others."""
+    assert found_of("hangs", gpu_parts.ends_badly, silence_s=5.0)[-1] == "nothing came for 5 s"
+    with pytest.raises(isolation.OutOfTime):
+        list(isolation.isolated("hangs", Options(CPU, 1), time.monotonic() - 1.0, part=gpu_parts.ends_badly))
+    assert not multiprocessing.active_children()
+
+
+def test_checks_go_on_behind_one_that_breaks_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that ended its process has failed; one whose device is lost is counted once; all others are done."""
+    names = [Check(f"c{number}", lambda bench: Outcome(0.0, 0.0)) for number in range(5)]
+    monkeypatch.setattr(gpu_check, "all_checks", lambda tiny: names)
+    monkeypatch.setattr(gpu_check, "isolated", partial(isolation.isolated, part=gpu_parts.checks_with_faults))
+    args = gpu_check.parse(["--device", "cpu", "--self-test", "--out", str(tmp_path)])
+    session = gpu_check.Session(args, CPU)
+    session._isolated = True
+    session._options = replace(session._options, device=gpu_parts.LOST)
+    session.part(parts.CHECKS)
+    rows = json.loads((tmp_path / "gpu_check.json").read_text())["checks"]
+    assert [(row["name"], row["passed"]) for row in rows] == [
+        ("c0", True), ("c1", False), ("c2", True), ("c3", False), ("c4", True),
+    ]  # fmt: skip
+    assert rows[1]["problem"] == "its process ended with status 9"
+    assert not session.report.problems
+
+
 def test_no_section_begins_after_the_budget(tmp_path: Path) -> None:
     """A machine lent for ten minutes is taken back: what is left out must be named, and nothing lost."""
     arguments = ["--device", "cpu", "--self-test", "--checks-only", "--budget-s", "-1", "--out", str(tmp_path)]
@@ -205,7 +261,8 @@ def test_no_section_begins_after_the_budget(tmp_path: Path) -> None:
 
 def test_a_failing_check_is_the_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Check("wrong", lambda bench: Outcome(1.0, 0.5))
-    monkeypatch.setattr(gpu_check, "kernel_checks", lambda tiny: [wrong])
-    monkeypatch.setattr(gpu_check, "model_checks", lambda tiny: [])
+    for module in (gpu_check, parts):
+        monkeypatch.setattr(module, "all_checks", lambda tiny: [wrong])
     arguments = ["--device", "cpu", "--self-test", "--checks-only", "--out", str(tmp_path)]
     assert gpu_check.main(arguments) == 1
+    assert [row["name"] for row in json.loads((tmp_path / "gpu_check.json").read_text())["checks"]] == ["wrong"]
