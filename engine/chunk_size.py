@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from kvbaton.engine.batch import ScheduledRow
 from kvbaton.engine.kv_manager import KVManager
 from kvbaton.engine.request import Request, SamplingParams
@@ -80,13 +78,13 @@ def choose(rates: Sequence[ChunkRate], share: float = SHARE) -> int:
     return min(rate.tokens for rate in rates if rate.tokens_s >= enough)
 
 
-def measured_chunk(runner: Runner, kv: KVManager, device: torch.device, most: int, vocab_size: int) -> int:
+def measured_chunk(runner: Runner, kv: KVManager, most: int, vocab_size: int) -> int:
     """Time chunks of at most `most` tokens, the longest that a step and a sequence may have, and choose. The books of
     the pool are as before; what lies in blocks that nobody holds is not."""
     blocks = kv.allocate(-(-most // kv.block_size))
     prompt = tuple(i * 31 % vocab_size for i in range(most))
     try:
-        rates = measure(lambda size: _chunk_s(runner, blocks, device, prompt, size), chunk_sizes(most))
+        rates = measure(lambda size: _chunk_s(runner, blocks, prompt, size), chunk_sizes(most))
     finally:
         kv.release(blocks)
     chosen = choose(rates)
@@ -95,19 +93,11 @@ def measured_chunk(runner: Runner, kv: KVManager, device: torch.device, most: in
     return chosen
 
 
-def _chunk_s(runner: Runner, blocks: list[int], device: torch.device, prompt: tuple[int, ...], size: int) -> float:
+def _chunk_s(runner: Runner, blocks: list[int], prompt: tuple[int, ...], size: int) -> float:
     """Seconds of one chunk of `size` tokens in the middle of `prompt`."""
     seq = Tokens(Request("chunk size", prompt, SamplingParams(max_tokens=1, temperature=0.0)), 0.0)
     seq.block_table = blocks
     seq.num_computed = (len(prompt) - size) // 2
-    _settle(device)
     began = time.perf_counter()
     runner.run([ScheduledRow(seq, size, ())])
-    _settle(device)
     return time.perf_counter() - began
-
-
-def _settle(device: torch.device) -> None:
-    """A chunk draws nothing, so nothing else waits for it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

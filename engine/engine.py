@@ -91,7 +91,7 @@ class Engine:
     def _measured_limits(self) -> BatchConfig:
         batch = self.config.batch
         most = min(batch.max_tokens_per_step, self.max_model_len)
-        chunk = measured_chunk(self._runner, self.kv, self._device, most, self.vocab_size)
+        chunk = measured_chunk(self._runner, self.kv, most, self.vocab_size)
         return replace(batch, prefill_chunk_tokens=chunk)
 
     @classmethod

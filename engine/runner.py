@@ -19,7 +19,7 @@ from kvbaton.engine.batch import SampledToken, ScheduledRow, StepResult
 from kvbaton.engine.cuda_graphs import DecodeGraphs
 from kvbaton.engine.device_sampler import DeviceSampler, PendingTokens
 from kvbaton.engine.logprobs import token_logprobs
-from kvbaton.engine.pending import LaunchedStep, PromptLogprobs
+from kvbaton.engine.pending import LaunchedStep, PromptLogprobs, mark_of
 from kvbaton.engine.sampler import Draw, sample_tokens
 from kvbaton.engine.sequence import Sequence
 from kvbaton.engine.token_feed import TokenFeed
@@ -75,7 +75,8 @@ class Runner:
         ordered = [rows[i] for i in order]
         hidden = self._forward(ordered)
         prompt_logprobs = self._prompt_logprobs(ordered, hidden)
-        return LaunchedStep(ordered, order, self._sample(ordered, hidden), prompt_logprobs)
+        drawn = self._sample(ordered, hidden)
+        return LaunchedStep(ordered, order, drawn, prompt_logprobs, mark_of(self._decoder.device))
 
     def _forward(self, rows: list[ScheduledRow]) -> torch.Tensor:  # [num_tokens, hidden], valid until the next step
         bucket = self._graphs.bucket(rows) if self._graphs is not None else None

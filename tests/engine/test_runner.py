@@ -77,6 +77,39 @@ def test_single_tokens_are_given_to_the_kernels_first(driver: EngineDriver, monk
     assert seen == [(0, (16, 31)), (2, (1, 1, 20))]
 
 
+class Marked:
+    """Stands for an event of the device."""
+
+    def __init__(self, story: list[str]) -> None:
+        self._story = story
+        story.append("marked")
+
+    def synchronize(self) -> None:
+        self._story.append("waited")
+
+
+@pytest.mark.parametrize("count", [5, 12])
+def test_a_step_has_landed_when_its_device_is_through(
+    driver: EngineDriver, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """An inner chunk draws nothing that could be waited for: without a mark behind it its blocks would go to a peer while
+    the device still writes them."""
+    story: list[str] = []
+    inner = driver.engine._runner._forward
+
+    def forward(rows: list[ScheduledRow]) -> torch.Tensor:
+        story.append("computed")
+        return inner(rows)
+
+    monkeypatch.setattr(driver.engine._runner, "_forward", forward)
+    monkeypatch.setattr(runner, "mark_of", lambda device: Marked(story))
+    seq = driver.add(range(5, 17))
+    step = driver.engine.launch([ScheduledRow(seq, count, (0,) if count == 12 else ())])
+    assert story == ["computed", "marked"]
+    step.wait()
+    assert story == ["computed", "marked", "waited"]
+
+
 def test_sixteen_at_once_equal_transformers(driver: EngineDriver, folder: Path, oracle_tokens: OracleTokens) -> None:
     """Guards full batches: no row reads another's blocks, sampled neighbours change nothing."""
     texts = [prompts()[i % 7][: 40 + i] for i in range(16)]
