@@ -10,6 +10,9 @@
 #ifndef SLICE
 #define SLICE 256 /* as floats they fill most of a first-level cache; whole instructions of AMX */
 #endif
+#ifndef INT8_AHEAD
+#define INT8_AHEAD 16384 /* bytes: sooner than AHEAD, for what a step of sums takes it reads half as much */
+#endif
 #define EACH_SMALL_TILE(M) M(1) M(2) M(3) M(4) M(5) M(6)
 #if TILE_ROWS > 6
 #define EACH_TILE(M) EACH_SMALL_TILE(M) M(7) M(8) M(9) M(10) M(11) M(12)
@@ -90,7 +93,7 @@ INLINE int64_t FN(int8_size)(int64_t in) { return PANEL * (INT8_PAIRED ? (in + 1
 #define INT8_LOOP(ROWS)                                                                                                \
     for (int64_t k = 0; k < depth; k += 2) {                                                                           \
         __m512i b[TILE_VECS];                                                                                          \
-        __builtin_prefetch(w + k * PANEL + AHEAD, 0, 2);                                                               \
+        __builtin_prefetch(w + k * PANEL + INT8_AHEAD, 0, 2);                                                               \
         widen_pairs(w + k * PANEL, b);                                                                                 \
         UNROLL for (int j = 0; j < TILE_VECS; j++) _mm512_storeu_si512(wide + (k * PANEL + j * LANES * 2), b[j]);      \
         UNROLL for (int i = 0; i < ROWS; i++) {                                                                        \
@@ -105,7 +108,7 @@ INLINE int64_t FN(int8_size)(int64_t in) { return PANEL * (INT8_PAIRED ? (in + 1
 static void FN(int8_widen)(const int8_t *w, int64_t depth, FN(act) * wide) {
     for (int64_t at = 0; at < depth * PANEL; at += 64) {
         __m512i b[2];
-        __builtin_prefetch(w + at + AHEAD, 0, 2);
+        __builtin_prefetch(w + at + INT8_AHEAD, 0, 2);
         widen_pairs(w + at, b);
         _mm512_storeu_si512(wide + at, b[0]);
         _mm512_storeu_si512(wide + at + 32, b[1]);
@@ -116,7 +119,7 @@ static void FN(int8_widen)(const int8_t *w, int64_t depth, FN(act) * wide) {
     for (int64_t k = 0; k < depth; k++) {                                                                              \
         const int8_t *row = w + k * PANEL + at;                                                                        \
         vf b[TILE_VECS];                                                                                               \
-        __builtin_prefetch(row + AHEAD, 0, 2);                                                                         \
+        __builtin_prefetch(row + INT8_AHEAD, 0, 2);                                                                         \
         UNROLL for (int j = 0; j < TILE_VECS; j++) {                                                                   \
             b[j] = __builtin_convertvector(*(const vb_any *)(row + j * LANES), vf);                                    \
             vstore(wide + k * PANEL + at + j * LANES, b[j]);                                                           \

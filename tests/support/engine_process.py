@@ -44,6 +44,7 @@ class EngineOptions:
     step_limit_s: float = 60.0
     pipelined: str = "auto"
     measure_chunk: bool = False
+    quantization: str = "none"
 
 
 def host_settings(
@@ -59,6 +60,7 @@ def host_settings(
         cache=cache,
         batch=batch,
         measure_chunk=options.measure_chunk,
+        quantization=options.quantization,
         pipelined=options.pipelined,
     )
     transfer = TransferSettings(lease_s=options.lease_s)
