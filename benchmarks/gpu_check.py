@@ -29,7 +29,7 @@ import torch
 from gpucheck import floors
 from gpucheck.checks import CheckResult
 from gpucheck.isolation import ContextBroken, OutOfTime, PartFailed, isolated
-from gpucheck.parts import BESIDE, CEILINGS, CHECKS, DRAWS, SPLIT, Options, all_checks, run_part
+from gpucheck.parts import BESIDE, CEILINGS, CHECKS, DRAWS, LOAD, SPLIT, Options, all_checks, run_part
 from gpucheck.report import Report
 from gpucheck.results import Skipped
 
@@ -138,7 +138,7 @@ def part_names(args: argparse.Namespace) -> list[str]:
     names = [CHECKS]
     if not args.checks_only:
         models = list(floors.models())[: 1 if args.quick else None]
-        names += [CEILINGS, BESIDE, *(["tiny"] if args.self_test else args.models or models), DRAWS]
+        names += [CEILINGS, BESIDE, *(["tiny"] if args.self_test else args.models or models), DRAWS, LOAD]
     return names if args.self_test else [*names, SPLIT]
 
 

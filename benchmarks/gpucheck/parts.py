@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import torch
-from gpucheck import beside, floors, speed, split
+from gpucheck import beside, floors, loading, speed, split
 from gpucheck.checks import Bench, Check, CheckResult, kernel_checks, run_check
 from gpucheck.floors import Ceilings
 from gpucheck.model_checks import model_checks, small_config
@@ -30,8 +30,10 @@ CHECKS = "checks against float64"
 CEILINGS = "ceilings"
 BESIDE = "beside torch"
 DRAWS = "draws"
+LOAD = "loading weights"
 SPLIT = "split on one device"
 BESIDE_MODEL = "Llama-3-8B"
+LOAD_MODEL = "Qwen3-0.6B"  # of a size that is written to a file in a moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ def run_part(name: str, options: Options) -> Iterator[Found]:
         yield from _beside(options)
     elif name == DRAWS:
         yield from _sorted("draws", speed.draws(options.clock, options.tiny))
+    elif name == LOAD:
+        yield from _load(options)
     elif name == SPLIT:
         yield from _split(options)
     else:
@@ -118,6 +122,13 @@ def _beside(options: Options) -> Iterator[Found]:
     with torch.inference_mode():
         yield from _sorted("attention", beside.prefill_attention(config, name, lengths, clock))
         yield from _sorted("linear", beside.products(config, name, rows, clock, found, caches_bytes))
+
+
+def _load(options: Options) -> Iterator[Found]:
+    name = "tiny" if options.tiny else LOAD_MODEL
+    config = small_config() if options.tiny else floors.models()[name]
+    for result in loading.load(config, name, options.clock):
+        yield ("checks" if isinstance(result, CheckResult) else "load"), result
 
 
 def _split(options: Options) -> Iterator[Found]:

@@ -17,6 +17,7 @@ from gpucheck.results import (
     DecodeResult,
     DrawResult,
     LinearResult,
+    LoadResult,
     OverlapResult,
     PrefillResult,
     Skipped,
@@ -42,6 +43,7 @@ class Report:
     attention: list[AttentionResult] = field(default_factory=list)
     linear: list[LinearResult] = field(default_factory=list)
     draws: list[DrawResult] = field(default_factory=list)
+    load: list[LoadResult] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     problems: list[Skipped] = field(default_factory=list)
     finished: bool = False
@@ -67,7 +69,7 @@ class Report:
 
     def json(self) -> str:
         values = asdict(self)
-        for name in ("decode", "overlap", "prefill", "chunks", "blocks", "attention", "linear", "checks"):
+        for name in ("decode", "overlap", "prefill", "chunks", "blocks", "attention", "linear", "load", "checks"):
             for value, item in zip(values[name], getattr(self, name), strict=True):
                 value.update(_derived(item))
         values["passed"] = self.passed
@@ -98,7 +100,7 @@ class Report:
 
 def _derived(item: Any) -> dict[str, Any]:
     names = ("over_floor", "gaps_s", "alone_gap_s", "overlapped_gap_s", "share", "met", "passed")
-    names += ("torch_over_ours", "int8_over_bfloat16")
+    names += ("torch_over_ours", "int8_over_bfloat16", "eight_billion_s")
     return {name: getattr(item, name) for name in names if hasattr(type(item), name)}
 
 
@@ -229,6 +231,20 @@ def _linear(report: Report) -> list[str]:
 def _draws(report: Report) -> list[str]:
     rows = [(r.kind, str(r.rows), str(r.vocab), _ms(r.seconds)) for r in report.draws]
     return table("Drawing tokens", ("kind", "rows", "vocab", "ms"), rows)
+
+
+def _load(report: Report) -> list[str]:
+    rows = [
+        (
+            r.model,
+            f"{r.num_bytes / 1e9:.2f}",
+            f"{r.seconds:.2f}",
+            f"{r.num_bytes / r.seconds / 1e9:.1f}",
+            f"{r.eight_billion_s:.1f}",
+        )
+        for r in report.load
+    ]
+    return table("Weights to the device", ("model", "GB", "s", "GB/s", "16 GB would take s"), rows)
 
 
 def _checks(report: Report) -> list[str]:

@@ -152,3 +152,17 @@ class DrawResult:
     rows: int
     vocab: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """Weights from files in the page cache to the device."""
+
+    model: str
+    num_bytes: int
+    seconds: float
+
+    @property
+    def eight_billion_s(self) -> float:
+        """16 GB at the same rate."""
+        return 16e9 * self.seconds / self.num_bytes

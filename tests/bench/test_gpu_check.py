@@ -197,6 +197,8 @@ def test_the_whole_program_at_tiny_shapes(tmp_path: Path) -> None:
     assert [row["batch"] for row in values["overlap"]] == [1, 8]
     assert all(row["alone_gap_s"] == row["alone_s"] - row["device_s"] for row in values["overlap"])
     assert len(values["draws"]) == 3
+    assert [row["num_bytes"] > 0 and row["eight_billion_s"] > 0 for row in values["load"]] == [True]
+    assert values["checks"][-1]["name"] == "weights loaded = saved"
     assert "not run on a GPU" in (tmp_path / "gpu_check.md").read_text()
 
 

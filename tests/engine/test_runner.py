@@ -92,8 +92,8 @@ class Marked:
 def test_a_step_has_landed_when_its_device_is_through(
     driver: EngineDriver, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    """An inner chunk draws nothing that could be waited for: without a mark behind it its blocks would go to a peer while
-    the device still writes them."""
+    """An inner chunk draws nothing that could be waited for: without a mark behind it its blocks would go to a peer
+    while the device still writes them."""
     story: list[str] = []
     inner = driver.engine._runner._forward
 
