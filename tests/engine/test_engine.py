@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from kvbaton.engine import memory
 from kvbaton.engine.config import BatchConfig, CacheConfig, ConfigError, EngineConfig
-from kvbaton.engine.engine import Engine, _independent, configure_threads
+from kvbaton.engine.engine import Engine, _flash_prefill, _independent, configure_threads
 from kvbaton.engine.hf_config import load_model_config
 from kvbaton.engine.kv_cache import KVGeometry
 from kvbaton.engine.memory import num_blocks_for, step_workspace_bytes, usable_model_len
+from kvbaton.engine.model_loader import load_model
+from kvbaton.kernels.backend import kernels_for
 from support.engine_driver import EngineDriver, output
 from support.oracle import TinyModels, prompts
 
@@ -48,6 +50,7 @@ def test_default_pool_on_cpu_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     """Guards small machines and tiny models: a GiB, half of what is free, or as many blocks as make sense."""
     large = replace(GEOMETRY, num_layers=64)
     default = CacheConfig()
+    monkeypatch.setattr(memory.os, "sysconf", lambda name: {"SC_AVPHYS_PAGES": 1 << 22, "SC_PAGE_SIZE": 4096}[name])
     assert num_blocks_for(default, large, CPU) == memory.CPU_DEFAULT_BYTES // large.block_bytes
     assert num_blocks_for(default, replace(GEOMETRY, num_layers=1), CPU) == memory.MAX_DEFAULT_BLOCKS
     monkeypatch.setattr(memory.os, "sysconf", lambda name: {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}[name])
@@ -96,6 +99,16 @@ def test_the_memory_of_a_step_is_counted_in_full(config: EngineConfig) -> None:
     assert step_workspace_bytes(model, batch, 2, gathered_tokens=1000) == (wanted + 2 * 1000 * 6 * 2) * 5 // 4
     decode = pytest.importorskip("kvbaton.kernels.triton_decode", reason="triton is not installed on this platform")
     assert decode.MAX_SPLITS == memory.MAX_ATTENTION_SPLITS
+
+
+def test_flash_prefill_reaches_the_kernels_of_a_gpu(config: EngineConfig) -> None:
+    """Guards the setting's way: what an engine on a GPU asks for, and what it is given."""
+    pytest.importorskip("triton", reason="triton is not installed on this platform")
+    gpu = torch.device("cuda")
+    model = load_model(config.model, CPU, "bfloat16")
+    assert not _flash_prefill(config, model, gpu)
+    assert _flash_prefill(replace(config, prefill_attention="torch"), model, gpu)
+    assert [kernels_for(gpu, None, way)._flash_prefill for way in (False, True)] == [False, True]  # type: ignore[attr-defined]
 
 
 def test_prefix_cache_can_be_off(config: EngineConfig) -> None:
