@@ -85,8 +85,8 @@ class EmbeddedValkey:
         self._process = None
 
     def _spawn(self, folder: str) -> None:
-        self._log.clear()
-        self._ready.clear()
+        # New ones: the reader of an earlier server's log may still be at its end.
+        self._log, self._ready = deque(maxlen=50), threading.Event()
         command = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(get_binary_path())]
         process = subprocess.Popen(
             command,
@@ -98,7 +98,7 @@ class EmbeddedValkey:
             start_new_session=True,  # Ctrl-C ends it when the owner says so, not before
         )
         self._process = process
-        threading.Thread(target=self._follow, args=(process,), name="valkey-log", daemon=True).start()
+        threading.Thread(target=_follow, args=(process, self._log, self._ready), name="valkey-log", daemon=True).start()
         if process.stdin is not None:
             # By its standard input, so that the password shows in no process list and no file.
             process.stdin.write(self._settings())
@@ -117,15 +117,16 @@ class EmbeddedValkey:
         )
         return "\n".join(lines) + "\n"
 
-    def _follow(self, process: subprocess.Popen[str]) -> None:
-        """Keep the pipe empty (a full one would stop the server) and the last lines for an error message."""
-        if process.stdout is None:
-            return
-        for line in process.stdout:
-            self._log.append(line.rstrip())
-            if _READY_LINE in line:
-                self._ready.set()
-        self._ready.set()  # the end of the log is an answer, too
+
+def _follow(process: subprocess.Popen[str], log: deque[str], ready: threading.Event) -> None:
+    """Keep the pipe empty (a full one would stop the server) and the last lines for an error message."""
+    if process.stdout is None:
+        return
+    for line in process.stdout:
+        log.append(line.rstrip())
+        if _READY_LINE in line:
+            ready.set()
+    ready.set()  # the end of the log is an answer, too
 
 
 def _free_port() -> int:

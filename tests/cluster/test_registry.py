@@ -190,6 +190,23 @@ async def test_a_beat_is_given_up_in_time_for_the_next_one() -> None:
     await registration.stop()
 
 
+async def test_an_emptied_store_is_followed_from_its_new_beginning() -> None:
+    """Guards a watcher that waits in the stream of changes at a number which is not there any more."""
+    clock, store = Clock(), MemoryStore()
+    membership = Membership(store, clock, poll_s=0.002)
+    info = make_info()
+    await put(store, info, 1)
+    for _ in range(3):
+        await store.append("engine-changes", b"e0", 64)
+    await membership.start()
+    await eventually(lambda: membership._cursor.after == 3)
+    await store.close()
+    changed = replace(info, role=Role.DECODE)
+    await put(store, changed, 2)
+    await eventually(lambda: membership.engines == (changed,))
+    await membership.close()
+
+
 async def test_dead_engine_leaves_at_its_own_word() -> None:
     store = MemoryStore()
     membership = Membership(store)
