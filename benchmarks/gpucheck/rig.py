@@ -96,12 +96,14 @@ class Rig:
         return made[0]
 
     def prefill(self, seq: Sequence, chunk: int) -> None:
-        """Compute a prompt in chunks; the token drawn after the last one is awaited, and nothing of it kept."""
-        tokens = len(seq.tokens)
+        """Compute a prompt in chunks, each launched while the one before runs; all are awaited, and nothing is kept."""
+        tokens, launched = len(seq.tokens), []
         for start in range(0, tokens, chunk):
             seq.num_computed = start
             count = min(chunk, tokens - start)
-            self.runner.run([ScheduledRow(seq, count, (0,) if start + count == tokens else ())])
+            launched.append(self.runner.launch([ScheduledRow(seq, count, (0,) if start + count == tokens else ())]))
+        for step in launched:
+            step.wait()
 
     def close(self) -> None:
         """Give the memory back before the next model."""
