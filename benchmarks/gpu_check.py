@@ -33,6 +33,8 @@ from gpucheck.parts import BESIDE, CEILINGS, CHECKS, DRAWS, LOAD, SPLIT, Options
 from gpucheck.report import Report
 from gpucheck.results import Skipped
 
+from kvbaton.engine.config import QUANTIZATIONS
+
 PASSED, FAILED, NO_GPU = 0, 1, 2
 BUDGET_S = 590.0
 
@@ -46,6 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--self-test", action="store_true", help="tiny shapes, to try the program out")
     parser.add_argument("--models", nargs="+", choices=list(floors.models()), help="only these")
     parser.add_argument("--kv-dtype", choices=("auto", "fp8_e4m3"), default="auto", help="of the measured pools")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none", help="of the measured weights")
     parser.add_argument("--seed", type=int, default=None, help="of the random inputs; a new one each run")
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds until it ends, done or not")
     args = parser.parse_args(argv)
@@ -63,7 +66,7 @@ class Session:
         seed = time.time_ns() % (1 << 31) if args.seed is None else args.seed
         command = shlex.join([Path(sys.executable).name, *sys.argv])
         self.report = Report(command, machine(device), seed)
-        self._options = Options(device, seed, args.self_test, args.quick, args.kv_dtype)
+        self._options = Options(device, seed, args.self_test, args.quick, args.kv_dtype, args.quantization)
         self._isolated = device.type == "cuda"
 
     def part(self, name: str) -> None:

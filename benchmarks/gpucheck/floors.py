@@ -70,8 +70,10 @@ def kv_bytes(config: ModelConfig, batch: int, context: int, itemsize: int) -> in
     return batch * context * config.kv_bytes_per_token(itemsize)
 
 
-def decode_floor_s(config: ModelConfig, batch: int, context: int, kv_itemsize: int, ceilings: Ceilings) -> float:
-    read = weight_bytes(config, 2) + kv_bytes(config, batch, context, kv_itemsize)
+def decode_floor_s(
+    config: ModelConfig, batch: int, context: int, kv_itemsize: int, ceilings: Ceilings, weight_itemsize: int = 2
+) -> float:
+    read = weight_bytes(config, weight_itemsize) + kv_bytes(config, batch, context, kv_itemsize)
     return read / ceilings.copy_bytes_s
 
 

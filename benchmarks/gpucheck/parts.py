@@ -45,6 +45,7 @@ class Options:
     tiny: bool = False
     quick: bool = False
     kv_dtype: str = "auto"
+    quantization: str = "none"
     ceilings: Ceilings | None = None
     first_check: int = 0
 
@@ -101,7 +102,7 @@ def _model(name: str, options: Options) -> Iterator[Found]:
         batches, contexts, lengths = (1, 8), (40,), (64,)
     kv_dtype = FP8 if options.kv_dtype == "fp8_e4m3" else None
     tokens = max(batches[-1] * (contexts[-1] + 64), lengths[-1])
-    with torch.inference_mode(), closing(Rig(config, options.device, kv_dtype, tokens)) as rig:
+    with torch.inference_mode(), closing(Rig(config, options.device, kv_dtype, tokens, options.quantization)) as rig:
         yield from _sorted("decode", speed.decode(rig, name, batches, contexts, clock, found))
         yield from _sorted("overlap", overlap(rig, name, batches, contexts[0], clock))
         yield from _sorted("prefill", speed.prefill(rig, name, lengths, clock, found))

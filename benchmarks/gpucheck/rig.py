@@ -38,11 +38,19 @@ class CapturedStep:
 class Rig:
     """`runner` is the engine's own; `decoder` and `kernels` are what its graphs hold."""
 
-    def __init__(self, config: ModelConfig, device: torch.device, kv_dtype: torch.dtype | None, tokens: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        kv_dtype: torch.dtype | None,
+        tokens: int,
+        quantization: str = "none",
+    ) -> None:
         """A pool for `tokens` tokens, or for as many as fit."""
         self.config, self.device = config, device
         cuda = device.type == "cuda"
-        self.decoder = random_model(config, 1, device, max_positions=MAX_POSITIONS).decoder
+        model = random_model(config, 1, device, max_positions=MAX_POSITIONS, quantization=quantization)
+        self.decoder, self.weight_itemsize = model.decoder, 1 if quantization == "int8" else 2
         self.kernels = kernels_for(device) if cuda else reference
         self.decoder = self.decoder.with_kernels(self.kernels)
         self.block_size = GPU_BLOCK_SIZE if cuda else CPU_BLOCK_SIZE

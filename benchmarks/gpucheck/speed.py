@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from gpucheck import floors
 from gpucheck.floors import Ceilings
 from gpucheck.results import BlockResult, DecodeResult, DrawResult, PrefillResult, Skipped
@@ -61,7 +60,7 @@ def decode(
                 batch=batch,
                 context=context,
                 step_s=step_s,
-                floor_s=floors.decode_floor_s(rig.config, batch, context, rig.kv_itemsize, found),
+                floor_s=floors.decode_floor_s(rig.config, batch, context, rig.kv_itemsize, found, rig.weight_itemsize),
                 goal=floors.decode_goal(batch),
                 graph_s=graph_s,
                 weights_s=weights_s,
@@ -87,12 +86,13 @@ def _parts(rig: Rig, meta: AttentionMeta) -> tuple[Callable[[], None], Callable[
     )
 
     def products() -> None:
+        linear = rig.decoder._linear
         for layer in weights.layers:
-            F.linear(hidden, layer.attention.qkv)
-            F.linear(heads, layer.attention.out)
-            F.linear(hidden, layer.mlp.gate_up)
-            F.linear(inner, layer.mlp.down)
-        F.linear(hidden, weights.lm_head)
+            linear(hidden, layer.attention.qkv, None)
+            linear(heads, layer.attention.out, None)
+            linear(hidden, layer.mlp.gate_up, None)
+            linear(inner, layer.mlp.down, None)
+        linear(hidden, weights.lm_head, None)
 
     def attention() -> None:
         for i, window in enumerate(config.sliding_windows):

@@ -58,6 +58,8 @@ def test_floors_by_hand() -> None:
     assert weight_bytes(config, 2) == 2 * (2 * layer + 40)
     kv = 5 * 100 * 2 * 2 * 3  # batch, context, layers, K and V, head_dim
     assert decode_floor_s(config, 5, 100, 1, Ceilings(1e3, 1.0)) == pytest.approx((weight_bytes(config, 2) + kv) / 1e3)
+    halved = decode_floor_s(config, 5, 100, 1, Ceilings(1e3, 1.0), weight_itemsize=1)
+    assert halved == pytest.approx((weight_bytes(config, 2) / 2 + kv) / 1e3)
     attention = 2 * 2 * 7 * 7 * 6 // 2 * 2  # two products of 2 * 7 * 7 * q_size, half of them, two layers
     assert prefill_flop(config, 7) == 2 * 2 * layer * 7 + attention + 2 * 10 * 4
     assert [decode_goal(batch) for batch in (1, 8, 32, 256)] == [1.3, 1.3, 1.15, 1.15]
@@ -250,6 +252,15 @@ def test_checks_go_on_behind_one_that_breaks_the_device(tmp_path: Path, monkeypa
     ]  # fmt: skip
     assert rows[1]["problem"] == "its process ended with status 9"
     assert not session.report.problems
+
+
+def test_decode_steps_with_eight_bit_weights() -> None:
+    """The option measures another model against another floor: half of the bytes, and the products that read them."""
+    options = Options(CPU, 1, tiny=True, quantization="int8", ceilings=Ceilings(1e9, 1e9))
+    found = [value for field, value in parts.run_part("tiny", options) if field == "decode"]
+    config = small_config()
+    wanted = [decode_floor_s(config, batch, 40, 4, Ceilings(1e9, 1e9), weight_itemsize=1) for batch in (1, 8)]
+    assert [value.floor_s for value in found] == pytest.approx(wanted)  # type: ignore[attr-defined]
 
 
 def test_no_section_begins_after_the_budget(tmp_path: Path) -> None:
