@@ -21,7 +21,7 @@ from kvbaton.cluster.client_dispatch import Dispatch
 from kvbaton.cluster.client_flight import Attempt, Flight
 from kvbaton.cluster.client_links import EngineLinks
 from kvbaton.cluster.client_moves import MoveRefused
-from kvbaton.cluster.client_types import Cancelled, EngineLost, Overloaded
+from kvbaton.cluster.client_types import Cancelled, Overloaded, ShuttingDown
 from kvbaton.cluster.registry import Membership
 from kvbaton.cluster.session_client import SessionClient, SessionLost
 from kvbaton.cluster.session_requests import check_sendable
@@ -64,12 +64,16 @@ class ClusterClient:
         """Follow the membership list, which the caller starts and closes; connecting goes on in the background."""
         self._membership.subscribe(self._links.set_engines)
 
-    async def close(self) -> None:
-        """Abort what is in flight and end every session."""
+    def stop(self) -> None:
+        """Abort what is in flight, whose streams end with `ShuttingDown`, as do those that still come."""
         self._closing = True
         for flight in list(self._flights.values()):
             self._dispatch.abandon(flight)
-            flight.fail(EngineLost("the ingress stops"))
+            flight.fail(_shutting_down())
+
+    async def close(self) -> None:
+        """`stop`, and end every session."""
+        self.stop()
         await self._links.close()
 
     @property
@@ -81,6 +85,8 @@ class ClusterClient:
     async def generate(self, request: Request) -> AsyncIterator[list[TokenOutput]]:
         """See `GenerationClient`."""
         check_sendable(request)
+        if self._closing:
+            raise _shutting_down()
         if request.request_id in self._flights:
             raise InvalidRequest(f"a request with id {request.request_id!r} is in flight")
         if len(self._flights) >= self.config.max_in_flight:
@@ -239,3 +245,7 @@ class ClusterClient:
 
     def _find_session(self, info: EngineInfo) -> SessionClient | None:
         return self._links.session(info)
+
+
+def _shutting_down() -> ShuttingDown:
+    return ShuttingDown("the server is shutting down")

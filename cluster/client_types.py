@@ -38,6 +38,10 @@ class Cancelled(ServiceError):
     status = 499
 
 
+class ShuttingDown(ServiceError):
+    """The endpoint goes down: the time for requests in progress is over, and no new one begins."""
+
+
 class EngineLost(ServiceError):
     """The request was resumed as often as allowed and failed each time."""
 

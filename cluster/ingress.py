@@ -52,7 +52,7 @@ class IngressSettings:
 
 
 class Ingress:
-    """Made by `open`; `close` ends its sessions and aborts what is in flight."""
+    """Made by `open`; `close` ends its sessions and aborts what is in flight. `stop_in` is for the time before that."""
 
     def __init__(
         self,
@@ -93,6 +93,10 @@ class Ingress:
         from kvbaton.cluster.http.app import create_app
 
         return create_app(self.service)
+
+    def stop_in(self, seconds: float) -> None:
+        """Requests in progress have so long; then each ends with an error that says why, as do those that come."""
+        asyncio.get_running_loop().call_later(seconds, self._client.stop)
 
     async def close(self) -> None:
         await self._client.close()

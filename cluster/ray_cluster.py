@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import random
 import secrets
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from kvbaton.cluster import haproxy_guard
 from kvbaton.cluster.config import HttpSettings, RaySettings
+from kvbaton.cluster.launch_types import LaunchFailed
 from kvbaton.engine.config import ConfigError
 
 NAMESPACE = "kvbaton"
@@ -87,6 +89,7 @@ def private_environment(run_dir: Path, http: HttpSettings) -> dict[str, str]:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",  # the launcher has no loop of its own, and calls the ingresses
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(_write_guard(run_dir, http.port)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy_dir / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy_dir / "admin.sock"),
@@ -96,6 +99,7 @@ def private_environment(run_dir: Path, http: HttpSettings) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(_haproxy_patience_s(http)),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
@@ -104,6 +108,12 @@ def private_environment(run_dir: Path, http: HttpSettings) -> dict[str, str]:
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
     }
+
+
+def _haproxy_patience_s(http: HttpSettings) -> int:
+    """How long an HAProxy keeps its connections once another has its place, as it has when a replica comes or goes:
+    longer than any response may take."""
+    return math.ceil(max(http.request_timeout_s, http.shutdown_timeout_s)) + 60
 
 
 def _write_guard(run_dir: Path, public_port: int) -> Path:
@@ -115,25 +125,29 @@ def _write_guard(run_dir: Path, public_port: int) -> Path:
 
 
 def start_private(run_dir: Path, settings: RaySettings, resources: RayResources) -> None:
-    """`ray.init` of a new cluster whose files live in `run_dir`. The environment must be set already.
+    """`ray.init` of a new cluster whose files live in `run_dir`. The environment must be set already. Raises
+    `LaunchFailed`.
 
     To be called on the main thread: the kernel ends Ray's processes when the thread that started them does.
     """
     import ray
 
-    ray.init(
-        address="local",
-        namespace=NAMESPACE,
-        num_cpus=resources.num_cpus,
-        num_gpus=resources.num_gpus,
-        object_store_memory=settings.object_store_memory,
-        include_dashboard=False,
-        configure_logging=True,
-        logging_level=logging.getLevelName(settings.log_level.upper()),
-        log_to_driver=settings.log_level in ("debug", "info"),
-        _temp_dir=str(run_dir / "ray"),
-        _node_ip_address="127.0.0.1",
-    )
+    try:
+        ray.init(
+            address="local",
+            namespace=NAMESPACE,
+            num_cpus=resources.num_cpus,
+            num_gpus=resources.num_gpus,
+            object_store_memory=settings.object_store_memory,
+            include_dashboard=False,
+            configure_logging=True,
+            logging_level=logging.getLevelName(settings.log_level.upper()),
+            log_to_driver=settings.log_level in ("debug", "info"),
+            _temp_dir=str(run_dir / "ray"),
+            _node_ip_address="127.0.0.1",
+        )
+    except Exception as error:  # Ray raises no narrower kind where one of its processes does not come up
+        raise LaunchFailed(f"Ray did not start: {error}") from error
 
 
 def join(settings: RaySettings) -> None:

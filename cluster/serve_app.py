@@ -2,17 +2,22 @@
 
 HAProxy sends each connection straight to a replica's own HTTP server. A client that leaves does not cancel work in an
 engine by itself: the response generator's end does, through the session plane.
+
+The end: every replica is told how long its responses have, and tells those clients whose time is over. Serve, which
+would cut them without a word, waits a little longer.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import time
 from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.exceptions import RayServeException
 
 from kvbaton.cluster.config import ClusterConfig
 from kvbaton.cluster.ingress import Ingress, IngressSettings
@@ -22,6 +27,11 @@ from kvbaton.cluster.reaper import MARKER_VARIABLE, processes_of
 
 APP_NAME = "kvbaton"
 INGRESS_CPUS = 1.0
+_TELL_S = 5.0
+_LAST_WORDS_S = 10.0  # for responses to end after their time: Serve looks for the end of the last one every 0.5 s
+_DRAIN_POLL_S = 0.5
+
+log = logging.getLogger(__name__)
 
 
 class IngressDeployment:
@@ -36,6 +46,11 @@ class IngressDeployment:
         self._ingress = await Ingress.open(self._settings)
         return self._ingress.app()
 
+    async def stop_in(self, seconds: float) -> None:
+        """See `Ingress.stop_in`."""
+        if self._ingress is not None:
+            self._ingress.stop_in(seconds)
+
     async def __del__(self) -> None:
         """Serve awaits this when it takes a replica down, after the last response."""
         if self._ingress is not None:
@@ -47,6 +62,7 @@ class ServeApp:
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
+        self._deployed = False
 
     def start(self) -> str:
         """Deploy and wait until it answers; returns the base URL. Raises `LaunchFailed` and `ConfigError`."""
@@ -59,17 +75,39 @@ class ServeApp:
             )
             serve.run(_application(self._launch), name=APP_NAME, route_prefix="/")
         except (RuntimeError, RayError) as error:
-            # Somebody else may have taken the port since the first check: that says more.
+            # Somebody else may have taken the port since the first check: that says more, if it is known who.
             marker = os.environ.get(MARKER_VARIABLE, "")
-            check_port(config.http, ours=processes_of(marker, str(self._launch.run_dir)))
+            check_port(config.http, ours=[None, *processes_of(marker, str(self._launch.run_dir))])
             raise LaunchFailed(f"the endpoint did not start: {_last_line(error)}") from error
+        self._deployed = True
         return f"http://{_shown_host(config)}:{config.http.port}"
 
     def stop(self) -> None:
         """Take the endpoint down; responses in progress get `shutdown_timeout_s`."""
-        serve.delete(APP_NAME)  # waits for them, which `shutdown` does not
-        if self._launch.config.ray.address is None:
+        config = self._launch.config
+        if self._deployed:
+            self._tell_replicas(config.http.shutdown_timeout_s)
+        deadline = time.monotonic() + config.http.shutdown_timeout_s + _LAST_WORDS_S
+        while not _deleted() and time.monotonic() < deadline:
+            pass
+        if config.ray.address is None:
             serve.shutdown()
+
+    def _tell_replicas(self, seconds: float) -> None:
+        """What is not told is cut when Serve's own patience ends."""
+        try:
+            serve.get_app_handle(APP_NAME).broadcast("stop_in", seconds).results(timeout_s=_TELL_S)
+        except (RuntimeError, TimeoutError, RayError, RayServeException) as error:
+            log.warning("the end was not told to every ingress: %s", error)
+
+
+def _deleted() -> bool:
+    """Waits for responses in progress, which `serve.shutdown` does not, but for a minute at most: False then."""
+    try:
+        serve.delete(APP_NAME)
+    except TimeoutError:
+        return False
+    return True
 
 
 def _application(launch: Launch) -> Any:
@@ -89,7 +127,8 @@ def _application(launch: Launch) -> Any:
         name="ingress",
         num_replicas=config.http.replicas,
         max_ongoing_requests=config.http.max_ongoing_requests,
-        graceful_shutdown_timeout_s=config.http.shutdown_timeout_s,
+        graceful_shutdown_wait_loop_s=_DRAIN_POLL_S,
+        graceful_shutdown_timeout_s=config.http.shutdown_timeout_s + _LAST_WORDS_S,
         ray_actor_options={"num_cpus": INGRESS_CPUS},
         health_check_period_s=5.0,
     )

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvbaton.cluster.client_types import NoEngines, Overloaded
+from kvbaton.cluster.client_types import NoEngines, Overloaded, ShuttingDown
 from kvbaton.cluster.session_types import Leg
 from kvbaton.engine.request import FinishReason, InvalidRequest, SamplingParams
 from kvbaton.kvtransfer.messages import PeerAddress
@@ -154,6 +154,26 @@ async def test_aclose_aborts_a_request_nobody_reads() -> None:
         await generator.aclose()
         assert await c["p0"].aborted() == ("r1", None)
         assert await c["d0"].aborted() == ("r1", None)
+
+
+async def test_stop_ends_what_runs_with_a_reason_and_takes_nothing_new() -> None:
+    """Guards against answers that are cut without a word when the endpoint goes down; what has come is given first."""
+    async with cluster() as c:
+        request = make_request()
+        stream = Stream(c.client, request)
+        await c["d0"].next_submit()
+        await c["p0"].next_submit()
+        c["p0"].tokens(request, [0])
+        await stream.has(1)
+        c.client.stop()
+        with pytest.raises(ShuttingDown, match="the server is shutting down"):
+            await stream.end()
+        assert stream.of() == whole(0, 1)
+        assert await c["p0"].aborted() == ("r1", None)
+        assert await c["d0"].aborted() == ("r1", None)
+        with pytest.raises(ShuttingDown):
+            await anext(c.client.generate(make_request("r2")))
+        assert len(c["p0"].engine.submits) == 1
 
 
 async def test_finish_sample_stops_one_and_the_last_ends_the_stream() -> None:

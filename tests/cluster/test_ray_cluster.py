@@ -34,6 +34,12 @@ def test_free_ports_pass_over_taken_ones(monkeypatch: pytest.MonkeyPatch) -> Non
     assert free_ports(1) == [port]
 
 
+def test_a_replaced_haproxy_outlives_the_longest_response(tmp_path: Path) -> None:
+    """Guards long streams: each change of the replicas replaces HAProxy, and Serve cuts the old one's after 2 min."""
+    http = HttpSettings(request_timeout_s=5000.5, shutdown_timeout_s=7.0)
+    assert int(private_environment(tmp_path, http)["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) == 5061
+
+
 def test_two_launches_share_nothing(tmp_path: Path) -> None:
     """Guards a second launch on one machine: equal ports or files would make it fail or, worse, mix with the first."""
     folders = [tmp_path / "a", tmp_path / "b"]

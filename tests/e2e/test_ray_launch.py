@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
 from kvbaton.cluster.preflight import check_redis
+from kvbaton.cluster.ray_cluster import free_ports
 from kvbaton.cluster.valkey import EmbeddedValkey
 from support.launcher import Launcher, survivors, wait_until
 
@@ -58,6 +67,29 @@ def test_a_redis_that_is_down(tiny_model: TinyModel) -> None:
     assert status == 1
     assert "127.0.0.1:1" in output
     assert "Traceback" not in output
+
+
+def test_of_two_launches_that_race_for_a_port_one_goes_on(tiny_model: TinyModel) -> None:
+    """Guards against a second launch that passes the check, starts everything, and then shares or misses the port."""
+    arguments = ("--port", str(free_ports(1)[0]), "--prefill", "0", "--decode", "0", "--hybrid", "1")
+    folder = Path("/tmp") / secrets.token_hex(2)  # short: a launch does not take a longer one
+    folder.mkdir()
+    environment = {"TMPDIR": str(folder)}
+    launchers = [Launcher(tiny_model("llama"), *arguments, environment=environment) for _ in range(2)]
+    try:
+        assert wait_until(lambda: any(each.process.poll() is not None for each in launchers), 60)
+        loser, winner = sorted(launchers, key=lambda each: each.process.poll() is None)
+        assert loser.stop() == 1
+        assert f"error: another launch (pid {winner.process.pid}) is starting on port {arguments[1]}" in loser.output
+        assert "Traceback" not in loser.output
+        winner.wait_line("✓ checks")
+        assert len(list(folder.glob("kvbaton-*"))) == 1
+        assert winner.stop(signal.SIGTERM) == 0
+        assert list(folder.glob("kvbaton-*")) == []
+    finally:
+        for each in launchers:
+            each.close()
+        shutil.rmtree(folder)
 
 
 def copy_of(model: Path, folder: Path) -> Path:
@@ -144,3 +176,61 @@ def test_sigterm_during_start_leaves_nothing(tiny_model: TinyModel) -> None:
     finally:
         launcher.close()
         server.stop()
+
+
+ENDLESS = {"prompt": [5] * 90, "max_tokens": 8000, "n": 8, "temperature": 0, "ignore_eos": True}
+SHUTTING_DOWN = {
+    "message": "the server is shutting down",
+    "type": "server_error",
+    "param": None,
+    "code": "service_unavailable",
+}
+
+
+def streamed(url: str, body: dict[str, Any], begun: threading.Event) -> list[str]:
+    """The events of a stream; raises where its body is cut."""
+    events = []
+    with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}, timeout=60) as response:
+        assert response.status_code == 200
+        for line in response.iter_lines():
+            if line:
+                events.append(line.removeprefix("data: "))
+                begun.set()
+    return events
+
+
+def in_flight(url: str) -> int:
+    """Sequences that decode, as the metrics of any replica tell it, over the choices of a request."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    running = [line for line in lines if line.startswith("kvbaton_engine_requests{") and 'state="running"' in line]
+    return sum(int(float(line.split()[1])) for line in running) // 8
+
+
+@pytest.mark.ray
+@pytest.mark.redis
+def test_responses_that_do_not_end_in_time_say_so(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Guards against bodies that are cut: what ends within `shutdown_timeout_s` is whole, the rest ends with an error,
+    a stream's as an event without [DONE] behind it, another's as a 503."""
+    config = tmp_path / "cluster.yaml"
+    config.write_text("http:\n  shutdown_timeout_s: 6\n")
+    arguments = ("--config", str(config), "--prefill", "0", "--decode", "0", "--hybrid", "1", "--replicas", "2")
+    launcher = Launcher(tiny_model("llama"), *arguments)
+    with ThreadPoolExecutor(9) as pool, closing(launcher):
+        url = launcher.wait_ready().base_url
+        answers = [pool.submit(httpx.post, f"{url}/v1/completions", json=ENDLESS, timeout=60) for _ in range(4)]
+        begun = [threading.Event() for _ in range(5)]
+        streams = [pool.submit(streamed, url, ENDLESS, each) for each in begun[1:]]
+        assert wait_until(lambda: in_flight(url) == 8, 30)
+        in_time = pool.submit(streamed, url, ENDLESS | {"max_tokens": 16}, begun[0])
+        assert all(each.wait(30) for each in begun)
+        assert launcher.stop(signal.SIGTERM) == 0
+        assert in_time.result()[-1] == "[DONE]"
+        for answer in answers:
+            assert answer.result().status_code == 503
+            assert answer.result().json() == {"error": SHUTTING_DOWN}
+        for stream in streams:
+            *chunks, last = stream.result()
+            assert json.loads(last) == {"error": SHUTTING_DOWN}
+            assert all("error" not in json.loads(chunk) for chunk in chunks)
+            assert chunks
+        assert [line.partition(" (")[0] for line in launcher.lines[-2:]] == ["stopping ...", "stopped"]
