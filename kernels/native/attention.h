@@ -300,8 +300,14 @@ INLINE void FN(put_scaled)(FN(act) * y, const float *x, float scale, int64_t dim
     }
 }
 
+/* Where results go: a token's [num_heads][head_dim], `stride` from one token to the next. */
+typedef struct {
+    FN(act) * tokens;
+    int64_t stride;
+} FN(heads_out);
+
 /* Item (sequence, part, range): `ranges` cut the KV heads. */
-static void FN(decode_item)(const kvb_heads *h, const kvb_batch *b, const FN(act) * q, FN(act) * out, float *parts,
+static void FN(decode_item)(const kvb_heads *h, const kvb_batch *b, const FN(act) * q, FN(heads_out) out, float *parts,
                             int64_t item, int64_t ranges, char *scratch) {
     int64_t all = max_parts(b), group = h->num_heads / h->num_kv_heads, dim = h->head_dim;
     int64_t range = item % ranges, part = item / ranges % all, seq = item / ranges / all;
@@ -314,7 +320,7 @@ static void FN(decode_item)(const kvb_heads *h, const kvb_batch *b, const FN(act
     if (w.from < w.to) FN(part)(&w, group, q + (seq * h->num_heads + head) * dim, dim, (float)h->scale, p, acc, top, sum);
     for (int64_t i = 0; i < heads; i++) {
         if (all == 1) {
-            FN(put_scaled)(out + (seq * h->num_heads + head + i) * dim, acc + i * dim, 1.0f / sum[i], dim);
+            FN(put_scaled)(out.tokens + seq * out.stride + (head + i) * dim, acc + i * dim, 1.0f / sum[i], dim);
             continue;
         }
         float *result = FN(part_at)(parts, h, b, seq, part, head + i);
@@ -327,7 +333,7 @@ static void FN(decode_item)(const kvb_heads *h, const kvb_batch *b, const FN(act
 }
 
 /* Joins the parts of one (sequence, head). */
-static void FN(join_item)(const kvb_heads *h, const kvb_batch *b, FN(act) * out, float *parts, int64_t item) {
+static void FN(join_item)(const kvb_heads *h, const kvb_batch *b, FN(heads_out) out, float *parts, int64_t item) {
     int64_t seq = item / h->num_heads, head = item % h->num_heads, dim = h->head_dim, all = max_parts(b);
     float top = -INFINITY, sum = 0;
     for (int64_t i = 0; i < all; i++) {
@@ -343,7 +349,7 @@ static void FN(join_item)(const kvb_heads *h, const kvb_batch *b, FN(act) * out,
         sum += weight * part[1];
         for (int64_t d = 0; d < dim; d++) values[d] += weight * part[2 + d];
     }
-    FN(put_scaled)(out + (seq * h->num_heads + head) * dim, values, 1.0f / sum, dim);
+    FN(put_scaled)(out.tokens + seq * out.stride + head * dim, values, 1.0f / sum, dim);
 }
 
 /* ---- prefill ---- */
@@ -472,7 +478,7 @@ static void FN(tile_span)(const kvb_heads *h, FN(prefill_work) * w, int64_t rows
         }
 }
 
-static void FN(prefill_item)(const kvb_heads *h, const kvb_batch *b, const FN(act) * q, FN(act) * out, int64_t seq,
+static void FN(prefill_item)(const kvb_heads *h, const kvb_batch *b, const FN(act) * q, FN(heads_out) out, int64_t seq,
                              int64_t kv_head, int64_t block, char *scratch) {
     int64_t group = h->num_heads / h->num_kv_heads, dim = h->head_dim, wide = padded(dim), first = kv_head * group;
     int64_t each = queries_at_once(h), token = b->cu_seqlens[seq] + block * each;
@@ -500,7 +506,7 @@ static void FN(prefill_item)(const kvb_heads *h, const kvb_batch *b, const FN(ac
     for (int64_t r = 0; r < rows; r++) {
         int64_t tile = r / TILE_Q * TILE_Q, in_tile = r - tile, some = min_of(TILE_Q, rows - tile);
         int64_t most = FN(tile_rows)(), base = in_tile / most * most, height = min_of(most, some - base);
-        FN(act) *y = out + ((token + r / group) * h->num_heads + first + r % group) * dim;
+        FN(act) *y = out.tokens + (token + r / group) * out.stride + (first + r % group) * dim;
         float inverse = 1.0f / w.sum[r];
         for (int64_t d = 0; d < dim; d += LANES) {
             float *a = w.acc + (tile + base) * wide + d / PANEL * PANEL * height + (in_tile - base) * PANEL + d % PANEL;
@@ -522,9 +528,9 @@ static int64_t FN(attention_bytes)(const kvb_heads *h, const kvb_batch *b, int64
     return threads * FN(item_bytes)(h) + parts + 64;
 }
 
-/* q and out [num_tokens, num_heads, head_dim]. The K and V of the step are in the pool. Ends with a wait where parts
+/* q [num_tokens, num_heads, head_dim]. The K and V of the step are in the pool. Ends with a wait where parts
  * are joined; the caller waits otherwise. */
-static void FN(attend)(member *me, const kvb_heads *h, const kvb_batch *b, const FN(act) * q, FN(act) * out, char *work) {
+static void FN(attend)(member *me, const kvb_heads *h, const kvb_batch *b, const FN(act) * q, FN(heads_out) out, char *work) {
     int64_t ranges = 1, prefills = 0; /* cut heads only where there are too few rows to share out */
     while (ranges < h->num_kv_heads && b->num_decodes * max_parts(b) * ranges < 4 * me->size && me->size > 1) ranges++;
     int64_t decodes = b->num_decodes * max_parts(b) * ranges;
@@ -551,7 +557,7 @@ static void FN(attend)(member *me, const kvb_heads *h, const kvb_batch *b, const
     }
 }
 
-/* The same with q and out in storage type: converted on the way where products take another type. */
+/* The same with q and out [num_tokens, num_heads, head_dim] in storage type: converted on the way where products take another type. */
 static int64_t FN(attend_alone_bytes)(const kvb_heads *h, const kvb_batch *b, int64_t threads) {
     return FN(attention_bytes)(h, b, threads) + 2 * b->num_tokens * h->num_heads * h->head_dim * (int64_t)sizeof(FN(act)) + 64;
 }
@@ -560,14 +566,14 @@ static void FN(attend_alone)(member *me, const kvb_heads *h, const kvb_batch *b,
                              char *work) {
     int64_t row = h->num_heads * h->head_dim, size = b->num_tokens * row;
     if (sizeof *q == sizeof(FN(act))) {
-        FN(attend)(me, h, b, (const FN(act) *)(const void *)q, (FN(act) *)(void *)out, work);
+        FN(attend)(me, h, b, (const FN(act) *)(const void *)q, (FN(heads_out)){(FN(act) *)(void *)out, row}, work);
         return;
     }
     FN(act) *wide_q = (FN(act) *)(void *)work, *wide_out = wide_q + size;
     share s = share_of(me, b->num_tokens, 4);
     for (int64_t from, to; share_take(&s, &from, &to);) FN(widen)(q + from * row, wide_q + from * row, (to - from) * row);
     team_wait(me);
-    FN(attend)(me, h, b, wide_q, wide_out, work + (2 * size * (int64_t)sizeof(FN(act)) + 63) / 64 * 64);
+    FN(attend)(me, h, b, wide_q, (FN(heads_out)){wide_out, row}, work + (2 * size * (int64_t)sizeof(FN(act)) + 63) / 64 * 64);
     team_wait(me);
     s = share_of(me, b->num_tokens, 4);
     for (int64_t from, to; share_take(&s, &from, &to);) FN(narrow)(wide_out + from * row, out + from * row, (to - from) * row);

@@ -20,11 +20,11 @@ static void count_phase(member *me, const kvb_batch *b, int phase) {
 
 typedef struct {
     FN(store) * residual; /* [tokens][hidden] */
-    FN(act) * normed;     /* [tokens][hidden] */
+    FN(act) * normed;     /* [tokens][apart(hidden)] */
     FN(store) * qkv;      /* [tokens][q_size + 2 * kv_size] */
     FN(act) * q;          /* [tokens][q_size] */
-    FN(act) * attended;   /* [tokens][q_size] */
-    FN(act) * inner;      /* [tokens][intermediate] */
+    FN(act) * attended;   /* [tokens][apart(q_size)] */
+    FN(act) * inner;      /* [tokens][apart(intermediate)] */
     char *attention;
 } FN(buffers);
 
@@ -34,11 +34,11 @@ static int64_t FN(carve)(const kvb_model *m, int64_t tokens, char *work, FN(buff
     w->field = (void *)(work + at);                                                                                    \
     at += ((int64_t)sizeof *w->field * tokens * (count) + 127) / 64 * 64;
     CARVE(residual, m->hidden)
-    CARVE(normed, m->hidden)
+    CARVE(normed, FN(apart)(m->hidden))
     CARVE(qkv, q_size + 2 * kv_size)
     CARVE(q, q_size)
-    CARVE(attended, q_size)
-    CARVE(inner, m->intermediate)
+    CARVE(attended, FN(apart)(q_size))
+    CARVE(inner, FN(apart)(m->intermediate))
 #undef CARVE
     w->attention = work + at;
     return at;
@@ -69,14 +69,16 @@ static void FN(norm_rows)(member *me, const kvb_model *m, const void *weight, co
                           int64_t tokens) {
     share s = share_of(me, tokens, 4);
     for (int64_t from, to; share_take(&s, &from, &to);)
-        for (int64_t i = from; i < to; i++) FN(norm_act)(x + i * m->hidden, weight, y + i * m->hidden, m->hidden, m->norm_eps);
+        for (int64_t i = from; i < to; i++)
+            FN(norm_act)(x + i * m->hidden, weight, y + i * FN(apart)(m->hidden), m->hidden, m->norm_eps);
     team_wait(me);
 }
 
-/* x [tokens][in] as act, times a packed weight. */
+/* x [tokens][apart(in)] as act, times a packed weight; TO_SWIGLU leaves rows that are the next product's. */
 static void FN(project)(member *me, const FN(act) * x, const kvb_matrix *m, void *y, int64_t tokens, int64_t in, int64_t out,
                         int to) {
-    FN(product) p = {x, m->panels, m->scale, m->bias, y, tokens, in, out, in, to};
+    int64_t y_stride = to == TO_SWIGLU ? FN(apart)(out / 2) : out;
+    FN(product) p = {x, m->panels, m->scale, m->bias, y, tokens, in, out, FN(apart)(in), y_stride, to};
     FN(multiply)(me, &p);
     team_wait(me);
 }
@@ -120,7 +122,7 @@ static void FN(layer)(member *me, const kvb_model *m, const kvb_batch *b, FN(buf
     count_phase(me, b, KVB_QKV);
     FN(turn)(me, m, b, w, index);
     count_phase(me, b, KVB_TURN);
-    FN(attend)(me, &h, b, w->q, w->attended, w->attention);
+    FN(attend)(me, &h, b, w->q, (FN(heads_out)){w->attended, FN(apart)(q_size)}, w->attention);
     team_wait(me);
     count_phase(me, b, KVB_ATTEND);
     FN(project)(me, w->attended, &l->out, w->residual, n, q_size, m->hidden, TO_RESIDUAL);
@@ -158,6 +160,6 @@ static void FN(linear)(member *me, const FN(store) * x, const kvb_matrix *m, voi
             for (int64_t i = from; i < end; i++) FN(widen)(x + i * in, (FN(act) *)work + i * in, in);
         team_wait(me);
     }
-    FN(product) p = {wide, m->panels, m->scale, m->bias, y, rows, in, out, in, to};
+    FN(product) p = {wide, m->panels, m->scale, m->bias, y, rows, in, out, in, out, to};
     FN(multiply)(me, &p);
 }

@@ -40,9 +40,16 @@ typedef struct {
     const float *scale; /* whole panels, or NULL */
     const float *bias;  /* the same */
     void *y;           /* [rows][out]; TO_SWIGLU: act [rows][out / 2] */
-    int64_t rows, in, out, x_stride;
+    int64_t rows, in, out, x_stride, y_stride;
     int to;
 } FN(product);
+
+/* From one row of `n` to the next, where products read many: a tile's rows must not meet in one set of the first-level
+ * cache, as rows do that are whole pages apart. */
+INLINE int64_t FN(apart)(int64_t n) {
+    int64_t size = sizeof(FN(act));
+    return n * size % 4096 ? n : n + 64 / size;
+}
 
 INLINE int64_t FN(panel_size)(int64_t in) { return PANEL * (PAIRED ? (in + 1) / 2 * 2 : in); }
 
@@ -179,7 +186,7 @@ static void FN(finish)(const FN(product) * p, const float *sums, int64_t first, 
             if (p->bias) v[j] += vload(p->bias + col + j * LANES);
         }
         if (p->to == TO_SWIGLU) {
-            FN(act) *y = (FN(act) *)p->y + (first + i) * (p->out / 2) + col / 2;
+            FN(act) *y = (FN(act) *)p->y + (first + i) * p->y_stride + col / 2;
             for (int j = 0; j < 16 / LANES; j++) {
                 vf inner = FN(swiglu)(v[j], v[j + 16 / LANES]);
                 int64_t n = width / 2 - j * LANES;
@@ -191,7 +198,7 @@ static void FN(finish)(const FN(product) * p, const float *sums, int64_t first, 
         UNROLL for (int j = 0; j < PANEL / LANES; j++) {
             int64_t n = width - j * LANES;
             if (n <= 0) break;
-            int64_t at = (first + i) * p->out + col + j * LANES;
+            int64_t at = (first + i) * p->y_stride + col + j * LANES;
             if (p->to == TO_FLOAT) {
                 float *y = (float *)p->y + at;
                 if (n >= LANES) vstore(y, v[j]);
