@@ -78,6 +78,7 @@ def test_every_flag_reaches_its_setting() -> None:
         "--redis": "redis://r",
         "--host": "::1",
         "--block-size": "32",
+        "--quantization": "int8",
     }
     given = {flag.name: special.get(flag.name, values[flag.kind]) for flag in serve_command.FLAGS}
     path, overrides = serve_command.parse([part for item in given.items() for part in item])
@@ -86,6 +87,7 @@ def test_every_flag_reaches_its_setting() -> None:
     assert config.model.path == Path("/m")
     assert (config.pools.prefill, config.pools.decode, config.pools.hybrid) == (2, 2, 2)
     assert config.engine.kv_memory == 2 << 30
+    assert config.engine.quantization == "int8"
     assert (config.engine.block_size, config.engine.threads, config.engine.gpus) == (32, 2, 0.5)
     assert (config.http.host, config.http.port, config.http.replicas) == ("::1", 2, 2)
     assert config.store.redis == "redis://r"
