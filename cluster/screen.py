@@ -69,7 +69,7 @@ class Screen:
 
     def pools(self, engines: Sequence[EngineInfo]) -> None:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("engine", "role", "state", "KV blocks", "tokens", "chunk", "session", "kv"):
+        for column in ("engine", "role", "state", "KV blocks", "tokens", "chunk", "session / kv"):
             table.add_column(column, justify="right" if column in ("KV blocks", "tokens", "chunk") else "left")
         for info in engines:
             table.add_row(
@@ -79,8 +79,7 @@ class Screen:
                 f"{info.num_blocks}",
                 f"{info.num_blocks * info.block_size}",
                 f"{info.prefill_chunk_tokens}",
-                f"{info.host}:{info.session_port}",
-                f"{info.host}:{info.kv_port}",
+                f"{info.host}:{info.session_port} / {info.kv_port}",
             )
         self.line()
         self.console.print(table)

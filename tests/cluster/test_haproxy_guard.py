@@ -138,11 +138,13 @@ def kept_alive(server: socket.socket, listener: socket.socket) -> socket.socket:
 
 
 def carrier(kept: socket.socket, server: socket.socket) -> socket.socket:
-    """The connection on which the next request comes: HAProxy takes a new one where the kept one is not idle yet."""
+    """The connection on which the next request comes: HAProxy takes a new one where it closed the kept one, or where
+    that is not idle yet."""
     ready, _, _ = select.select([kept, server], [], [], LIMIT_S)
     assert ready
-    if kept in ready:
-        return kept
+    with contextlib.suppress(ConnectionResetError):
+        if kept in ready and kept.recv(1, socket.MSG_PEEK):
+            return kept
     connection, _ = server.accept()
     connection.settimeout(LIMIT_S)
     return connection
