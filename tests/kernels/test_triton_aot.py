@@ -21,7 +21,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
 
 
-@pytest.mark.parametrize("spec", aot.all_specs(aot.MODELS), ids=lambda spec: spec.label)
+@pytest.mark.parametrize("spec", list(aot.all_specs(aot.MODELS)), ids=lambda spec: spec.label)
 def test_kernel_compiles_without_spilling(spec: aot.KernelSpec) -> None:
     """A spill or a tile over the SM's shared memory would be found on the GPU only, as a slow or failing launch."""
     made = aot.compile_spec(spec)

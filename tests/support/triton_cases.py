@@ -303,9 +303,9 @@ def linear_alone_and_in_company(device: torch.device) -> None:
     weight = torch.randint(-128, 128, (90, 1100), dtype=torch.int8, generator=g).to(device)
     scale = (torch.rand(90, generator=g) / 500).to(device)
     x[:, 0], x[:, -1], weight[:, -1] = 3e4, -3e4, weight[:, 0]  # cancel: the order of a sum shows in many bits
-    groups = [(FEW_ROWS, (1, 2, 17, 33)), (256, (FEW_ROWS + 1, 129)), (300, (257,))]
-    if device.type == "cuda":  # the interpreter's products of tiles of another shape differ in the last bits
-        groups += [(300, (256, FEW_ROWS + 1))]
+    groups = [(16, (1, 2)), (32, (17,)), (FEW_ROWS, (33,)), (256, (FEW_ROWS + 1, 129)), (300, (257,))]
+    if device.type == "cuda":  # the interpreter's products of tiles of another shape may differ in the last bits
+        groups += [(FEW_ROWS, (1, 2, 17)), (300, (256, FEW_ROWS + 1))]
     for most, counts in groups:
         together = linear_int8(x[:most], weight, scale)
         for count in counts:
