@@ -2,9 +2,10 @@
 
     python benchmarks/serve_peers.py --rates 1 2 4 --rounds 3 --out docs/results
 
-The servers are started in turn, one at a time, each with one thread for its engine; `kvbaton bench serve` sends both
-the same requests at the same moments. Medians over the rounds. vLLM lives in the environment of `cpu_peers.py`, which
-this program makes if it is not there. Writes serve_peers.json and serve_peers.md.
+The servers are started in turn, one at a time, each with one thread for its engine; prompts that are not measured fill
+their KV pools once, so that none meets memory that was never touched. Then `kvbaton bench serve` sends both the same
+requests at the same moments, no prompt twice. Medians over the rounds. vLLM lives in the environment of `cpu_peers.py`,
+which this program makes if it is not there. Writes serve_peers.json and serve_peers.md.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from kvbaton.engine.tiny_tokenizer import VOCAB_SIZE, save_tokenizer
 READY_S, STOP_S = 300, 60
 MAX_LEN, KV_GIB, MAX_RUNNING, STEP_TOKENS = 2048, 1, 64, 2048
 LOAD = ("--input-tokens", "64:512", "--output-tokens", "32:128")
+FILL = ("--input-tokens", "448", "--output-tokens", "2", "--num-requests", "66", "--concurrency", "4")
+FILL_SEED = 1 << 20
 FIGURES = {
     "tokens/s": lambda s: s["throughput"]["output_tokens_per_s"],
     "TTFT p50 ms": lambda s: s["latency"]["ttft"]["p50"] * 1e3,
@@ -124,12 +127,11 @@ def _answers(url: str) -> bool:
         return False
 
 
-def load(url: str, rate: float, seconds: float, seed: int, folder: Path) -> dict[str, float]:
+def load(url: str, seed: int, folder: Path, *options: str) -> dict[str, float]:
     """One run of `kvbaton bench serve`. Raises RuntimeError when a request failed."""
     report = folder / "report.json"
-    command = [sys.executable, "-m", "kvbaton.cluster.cli", "bench", "serve", "--url", url, "--rate", str(rate)]
-    command += ["--duration", str(seconds), "--seed", str(seed), "--warmup", "4", *LOAD]
-    command += ["--vocab-size", str(VOCAB_SIZE), "--json", str(report), "--no-progress"]
+    command = [sys.executable, "-m", "kvbaton.cluster.cli", "bench", "serve", "--url", url, "--seed", str(seed)]
+    command += [*options, "--vocab-size", str(VOCAB_SIZE), "--json", str(report), "--no-progress"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"the load generator failed at {url}:\n{done.stdout}{done.stderr}")
@@ -148,8 +150,10 @@ def measure(options: argparse.Namespace) -> Runs:
         for number in range(options.rounds):
             for server in both if number % 2 == 0 else reversed(both):
                 with serving(server, Path(scratch) / f"{server.name}.log") as url:
-                    for rate in options.rates:
-                        figures = load(url, rate, options.seconds, number, Path(scratch))
+                    load(url, FILL_SEED + number, Path(scratch), *FILL)
+                    for place, rate in enumerate(options.rates):
+                        arrivals = ("--rate", str(rate), "--duration", str(options.seconds), "--warmup", "4", *LOAD)
+                        figures = load(url, len(options.rates) * number + place, Path(scratch), *arrivals)
                         runs.setdefault(server.name, {}).setdefault(rate, []).append(figures)
                         shown = "  ".join(f"{name} {value:.1f}" for name, value in figures.items())
                         print(f"round {number} {server.name:8} {rate:g}/s: {shown}", flush=True)
