@@ -255,6 +255,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     args = parser.parse_args()
     from kvbaton.cluster.launch import serve
+    from kvbaton.cluster.stop_signals import StopSignals
 
     result = Result()
     with tempfile.TemporaryDirectory() as scratch:
@@ -264,7 +265,8 @@ def main() -> None:
         port = free_ports(1)[0]
         thread = threading.Thread(target=measure, args=(Cluster(port), args, result), daemon=True)
         thread.start()
-        serve(configuration(args, model, port), Screen(Console(stderr=True, highlight=False)))
+        with StopSignals() as signals:
+            serve(configuration(args, model, port), Screen(Console(stderr=True, highlight=False)), signals)
     if result.error or result.streams is None or result.first_token is None:
         sys.exit(result.error or "the cluster did not start")
     document = {

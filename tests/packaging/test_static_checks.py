@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_tool(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
-    )
+        [sys.executable, "-m", *arguments], cwd=ROOT, env=os.environ | variables,
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("arguments", [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",)])
@@ -23,6 +25,16 @@ def test_static_check(arguments: tuple[str, ...]) -> None:
     pytest.importorskip(arguments[0])
     result = run_tool(*arguments)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_benchmarks_call_what_there_is() -> None:
+    """Guards benchmarks, which no test runs whole, against functions that have changed under them."""
+    pytest.importorskip("mypy")
+    programs = [str(path) for path in sorted((ROOT / "benchmarks").glob("*.py"))]
+    result = run_tool("mypy", *programs, MYPYPATH="src:benchmarks:tests")
+    assert "checked" in result.stdout, result.stdout + result.stderr
+    wrong = [line for line in result.stdout.splitlines() if line.endswith(("[call-arg]", "[name-defined]"))]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_the_banned_api_rule_bites(tmp_path: Path) -> None:
