@@ -11,7 +11,16 @@ from kvbaton.engine.model_config import ModelConfig
 from kvbaton.engine.native_decoder import NativeDecoder, native_decoder
 from kvbaton.kernels.meta import build_attention_meta
 from kvbaton.kernels.native_lib import native_library
-from support.decoder_cases import BASE, CONFIGS, CPU, SEQUENCES, Step, make_step, plain, widened
+from support.decoder_cases import (
+    BASE,
+    CONFIGS,
+    CPU,
+    Step,
+    assert_alone_as_in_company,
+    make_step,
+    plain,
+    widened,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -64,14 +73,7 @@ def test_a_row_does_not_depend_on_its_batch(dtype: str, threads: int) -> None:
     step = make_step(config, 3).copy(getattr(torch, dtype))
     torch.set_num_threads(threads)
     try:
-        together = step.copy(step.pool.dtype).run(decoder)
-        at = 0
-        for (queries, context), table in zip(SEQUENCES, step.tables, strict=True):
-            rows = slice(at, at + queries)
-            meta = build_attention_meta([queries], [context], [table], 16, CPU)
-            alone = replace(step, ids=step.ids[rows], meta=meta, pool=step.pool.clone()).run(decoder)
-            assert torch.equal(alone, together[rows]), f"{queries} queries over {context} tokens"
-            at += queries
+        assert_alone_as_in_company(decoder, step)
     finally:
         torch.set_num_threads(1)
 

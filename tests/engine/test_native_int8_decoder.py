@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -13,9 +11,8 @@ from kvbaton.engine.model_config import ModelConfig
 from kvbaton.engine.model_loader import random_model
 from kvbaton.engine.native_decoder import NativeDecoder, native_decoder
 from kvbaton.engine.weights import slots
-from kvbaton.kernels.meta import build_attention_meta
 from kvbaton.kernels.native_lib import native_library
-from support.decoder_cases import CONFIGS, CPU, SEQUENCES, make_step
+from support.decoder_cases import CONFIGS, CPU, assert_alone_as_in_company, make_step
 
 
 @pytest.fixture(autouse=True)
@@ -88,14 +85,7 @@ def test_a_row_does_not_depend_on_its_batch(dtype: str, threads: int) -> None:
     step = make_step(config, 3).copy(getattr(torch, dtype))
     torch.set_num_threads(threads)
     try:
-        together = step.copy(step.pool.dtype).run(decoder)
-        at = 0
-        for (queries, context), table in zip(SEQUENCES, step.tables, strict=True):
-            rows = slice(at, at + queries)
-            meta = build_attention_meta([queries], [context], [table], 16, CPU)
-            alone = replace(step, ids=step.ids[rows], meta=meta, pool=step.pool.clone()).run(decoder)
-            assert torch.equal(alone, together[rows]), f"{queries} queries over {context} tokens"
-            at += queries
+        assert_alone_as_in_company(decoder, step)
     finally:
         torch.set_num_threads(1)
 

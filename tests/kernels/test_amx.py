@@ -26,7 +26,7 @@ from kvbaton.kernels.native_attention import NativeAttention
 from kvbaton.kernels.native_build import SOURCES
 from kvbaton.kernels.native_lib import native_library
 from support.amx_build import PANEL, Products, build, compiler_with
-from support.decoder_cases import CONFIGS, CPU, make_step, plain, widened
+from support.decoder_cases import CONFIGS, CPU, assert_alone_as_in_company, make_step, plain, widened
 from support.int8_products import Int8Products
 from support.kernel_cases import Shape, expected_attention, expected_rope, make_case
 from support.oracle import TinyModels
@@ -176,13 +176,7 @@ def test_sequences_do_not_depend_on_their_batch(products: Products, threads: int
     step = make_step(config, 3, sequences=SEQUENCES).copy(torch.bfloat16)
     torch.set_num_threads(threads)
     try:
-        together, at = step.copy(torch.bfloat16).run(decoder), 0
-        for (queries, context), table in zip(SEQUENCES, step.tables, strict=True):
-            rows = slice(at, at + queries)
-            meta = build_attention_meta([queries], [context], [table], 16, CPU)
-            alone = replace(step, ids=step.ids[rows], meta=meta, pool=step.pool.clone()).run(decoder)
-            assert torch.equal(alone, together[rows]), f"{queries} queries over {context} tokens"
-            at += queries
+        assert_alone_as_in_company(decoder, step, SEQUENCES)
     finally:
         torch.set_num_threads(1)
 

@@ -65,6 +65,17 @@ def make_step(config: ModelConfig, seed: int, block_size: int = 16, sequences: t
     return Step(torch.randint(0, config.vocab_size, (meta.num_tokens,), generator=g), meta, pool, tables)
 
 
+def assert_alone_as_in_company(decoder: ForwardPass, step: Step, sequences: tuple = SEQUENCES) -> None:
+    """Every sequence of `step` by itself gives the logits that it has among all, to the bit."""
+    together, at = step.copy(step.pool.dtype).run(decoder), 0
+    for (queries, context), table in zip(sequences, step.tables, strict=True):
+        rows = slice(at, at + queries)
+        meta = build_attention_meta([queries], [context], [table], 16, CPU)
+        alone = replace(step, ids=step.ids[rows], meta=meta, pool=step.pool.clone()).run(decoder)
+        assert torch.equal(alone, together[rows]), f"{queries} queries over {context} tokens"
+        at += queries
+
+
 def plain(config: ModelConfig, dtype: str) -> Decoder:
     return random_model(config, 1, CPU, dtype).decoder
 
