@@ -14,12 +14,12 @@ import random
 import time
 from dataclasses import dataclass, field
 
-from kvbaton.cluster.client import ClusterClient
-from kvbaton.cluster.registry import Membership, Registration
-from kvbaton.cluster.session_server import SessionServer
-from kvbaton.cluster.session_types import Submit
-from kvbaton.cluster.session_wire import Encoder, FrameReader, decode_step, unpack
-from kvbaton.cluster.store import MemoryStore
+from kvbaton.cluster.client.client import ClusterClient
+from kvbaton.cluster.session.server import SessionServer
+from kvbaton.cluster.session.types import Submit
+from kvbaton.cluster.session.wire import Encoder, FrameReader, decode_step, unpack
+from kvbaton.cluster.store.registry import Membership, Registration
+from kvbaton.cluster.store.store import MemoryStore
 from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenOutput
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
 from kvbaton.router.placement import RouterConfig

@@ -78,7 +78,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="where the report goes besides the screen")
     args = parser.parse_args()
     logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(message)s")
-    logging.getLogger("kvbaton.cluster.client_links").setLevel(logging.WARNING)
+    logging.getLogger("kvbaton.cluster.client.links").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="kvbaton-chaos-") as folder:
         model = Path(folder) / "tiny"
         make_tiny(model)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-from kvbaton.cluster.client_types import Overloaded
+from kvbaton.cluster.client.api import Overloaded
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.router.engine_info import EngineState, Role
 from support.engine_process import EngineOptions

@@ -30,14 +30,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cpu_models import SHAPES, checkpoint, matrix_elements, prompt
 
-from kvbaton.cluster.session_types import Leg, Submit
-from kvbaton.cluster.worker import Worker
-from kvbaton.cluster.worker_types import Submitted
+from kvbaton.cluster.host.commands import Submitted
+from kvbaton.cluster.host.worker import Worker
+from kvbaton.cluster.session.types import Leg, Submit
 from kvbaton.engine import runner as runner_module
 from kvbaton.engine.batch import SampledToken
 from kvbaton.engine.config import QUANTIZATIONS, BatchConfig, CacheConfig, EngineConfig
 from kvbaton.engine.engine import Engine, configure_threads
-from kvbaton.engine.native_decoder import NativeDecoder
+from kvbaton.engine.model.native_decoder import NativeDecoder
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.kernels.host_memory import zeroed_memory
 from kvbaton.kernels.native_lib import PHASES

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from kvbaton.engine.checkpoint import save_weights
-from kvbaton.engine.hf_config import load_model_config
-from kvbaton.engine.model_config import ModelConfig
-from kvbaton.engine.random_weights import random_weights
+from kvbaton.engine.model.checkpoint import save_weights
+from kvbaton.engine.model.hf_config import load_model_config
+from kvbaton.engine.model.model_config import ModelConfig
+from kvbaton.engine.model.random_weights import random_weights
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "benchmarks"
 

@@ -29,8 +29,8 @@ from transformers import PreTrainedTokenizerFast
 from kvbaton.cluster.http.app import create_app
 from kvbaton.cluster.http.service import ModelCard, Service
 from kvbaton.engine.request import FinishReason, Request, TokenOutput
-from kvbaton.engine.tiny_tokenizer import NUM_PLAIN, VOCAB_SIZE, save_tokenizer
-from kvbaton.engine.tokenizer import Tokenizer
+from kvbaton.engine.text.tiny_tokenizer import NUM_PLAIN, VOCAB_SIZE, save_tokenizer
+from kvbaton.engine.text.tokenizer import Tokenizer
 
 
 class TickingClient:

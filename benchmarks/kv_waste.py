@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from kvbaton.cluster.session_types import Leg, Submit
-from kvbaton.cluster.worker import Worker
-from kvbaton.cluster.worker_types import Submitted
+from kvbaton.cluster.host.commands import Submitted
+from kvbaton.cluster.host.worker import Worker
+from kvbaton.cluster.session.types import Leg, Submit
 from kvbaton.engine.batch import Pending, ScheduledRow
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
 from kvbaton.engine.engine import Engine

@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cpu_models import SHAPES, checkpoint
 from cpu_peers import PEERS, python_of
 
-from kvbaton.cluster.ray_cluster import free_ports
-from kvbaton.engine.tiny_tokenizer import VOCAB_SIZE, save_tokenizer
+from kvbaton.cluster.launch.ray_cluster import free_ports
+from kvbaton.engine.text.tiny_tokenizer import VOCAB_SIZE, save_tokenizer
 
 READY_S, STOP_S = 300, 60
 MAX_LEN, KV_GIB, MAX_RUNNING, STEP_TOKENS = 2048, 1, 64, 2048

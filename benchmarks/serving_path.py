@@ -32,9 +32,15 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from kvbaton.cluster.config import ClusterConfig, EngineSettings, HttpSettings, ModelSettings, RouterSettings
-from kvbaton.cluster.ray_cluster import NAMESPACE, free_ports
-from kvbaton.cluster.screen import Screen
+from kvbaton.cluster.config.cluster_config import (
+    ClusterConfig,
+    EngineSettings,
+    HttpSettings,
+    ModelSettings,
+    RouterSettings,
+)
+from kvbaton.cluster.launch.ray_cluster import NAMESPACE, free_ports
+from kvbaton.cluster.launch.screen import Screen
 from kvbaton.engine.tiny import TinySpec, make_tiny
 from kvbaton.router.engine_info import Role
 
@@ -125,7 +131,7 @@ class Cluster:
     def engine_stats(self) -> list[Any]:
         import ray
 
-        from kvbaton.cluster.actors import ENGINE_PREFIX  # after the launcher has set Ray's environment
+        from kvbaton.cluster.pools.actors import ENGINE_PREFIX  # after the launcher has set Ray's environment
 
         names = [
             item["name"] for item in ray.util.list_named_actors(all_namespaces=True) if item["namespace"] == NAMESPACE
@@ -254,8 +260,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens a stream")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     args = parser.parse_args()
-    from kvbaton.cluster.launch import serve
-    from kvbaton.cluster.stop_signals import StopSignals
+    from kvbaton.cluster.launch.launch import serve
+    from kvbaton.cluster.launch.stop_signals import StopSignals
 
     result = Result()
     with tempfile.TemporaryDirectory() as scratch:

@@ -58,7 +58,7 @@ def _dispatch(parser: argparse.ArgumentParser, commands: Sequence[Command], argu
 
 
 def _serve(arguments: list[str]) -> int:
-    from kvbaton.cluster import serve_command
+    from kvbaton.cluster.launch import serve_command
 
     return serve_command.main(arguments)
 
@@ -86,7 +86,7 @@ def _make_model(arguments: list[str]) -> int:
 
 
 def _env(arguments: list[str]) -> int:
-    from kvbaton.cluster import env_report
+    from kvbaton.cluster.launch import env_report
 
     argparse.ArgumentParser(prog="kvbaton env", description="Versions and devices, for bug reports.").parse_args(
         arguments

@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvbaton.engine.batch import ScheduledRow
-from kvbaton.engine.kv_manager import KVManager, OutOfBlocks
+from kvbaton.engine.kv.kv_manager import KVManager, OutOfBlocks
+from kvbaton.engine.sampling.stopping import ends_by_length
 from kvbaton.engine.sequence import Sequence, Status
-from kvbaton.engine.stopping import ends_by_length
 
 
 @dataclass(frozen=True, slots=True)

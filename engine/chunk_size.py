@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvbaton.engine.batch import ScheduledRow
-from kvbaton.engine.kv_manager import KVManager
+from kvbaton.engine.kv.kv_manager import KVManager
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.engine.runner import Runner
 from kvbaton.engine.sequence import Sequence as Tokens

@@ -26,15 +26,15 @@ from kvbaton.engine.config import (
     EngineConfig,
 )
 from kvbaton.engine.cuda_graphs import CudaCapture, DecodeGraphs, GraphSizes
-from kvbaton.engine.decoder import Decoder
-from kvbaton.engine.device_sampler import DeviceSampler
-from kvbaton.engine.kv_cache import KV_LAYOUT_VERSION, KVCache, KVGeometry
-from kvbaton.engine.kv_manager import KVManager
-from kvbaton.engine.memory import num_blocks_for, step_workspace_bytes, usable_model_len
-from kvbaton.engine.model_config import ModelConfig
-from kvbaton.engine.model_loader import LoadedModel, load_model
-from kvbaton.engine.native_decoder import native_decoder
+from kvbaton.engine.kv.kv_cache import KV_LAYOUT_VERSION, KVCache, KVGeometry
+from kvbaton.engine.kv.kv_manager import KVManager
+from kvbaton.engine.kv.memory import num_blocks_for, step_workspace_bytes, usable_model_len
+from kvbaton.engine.model.decoder import Decoder
+from kvbaton.engine.model.model_config import ModelConfig
+from kvbaton.engine.model.model_loader import LoadedModel, load_model
+from kvbaton.engine.model.native_decoder import native_decoder
 from kvbaton.engine.runner import ForwardPass, Runner
+from kvbaton.engine.sampling.device_sampler import DeviceSampler
 from kvbaton.kernels.backend import MAX_GATHERED_TOKENS, Kernels, kernels_for
 from kvbaton.kernels.kv_dtype import FP8
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvbaton.engine.decoder import Decoder
+from kvbaton.engine.model.decoder import Decoder
 from kvbaton.kernels.meta import build_attention_meta
 
 _BLOCK_SIZE = 16

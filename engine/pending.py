@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 
 from kvbaton.engine.batch import SampledToken, ScheduledRow, StepResult
-from kvbaton.engine.device_sampler import PendingTokens
 from kvbaton.engine.request import TokenLogprobs
+from kvbaton.engine.sampling.device_sampler import PendingTokens
 
 PromptLogprobs = tuple[TokenLogprobs | None, ...]
 

@@ -20,17 +20,17 @@ from typing import Any
 
 import torch
 
-from kvbaton.engine.checkpoint import save_weights
 from kvbaton.engine.config import ConfigError
-from kvbaton.engine.decoder import Decoder
 from kvbaton.engine.greedy import generate
-from kvbaton.engine.hf_config import load_model_config
-from kvbaton.engine.matrix import plain
-from kvbaton.engine.model_config import ModelConfig
-from kvbaton.engine.model_loader import resolve_dtype
-from kvbaton.engine.random_weights import random_weights
-from kvbaton.engine.tiny_tokenizer import NUM_PLAIN, SpecialIds, plain_text_ids, save_tokenizer
-from kvbaton.engine.weights import DecoderWeights
+from kvbaton.engine.model.checkpoint import save_weights
+from kvbaton.engine.model.decoder import Decoder
+from kvbaton.engine.model.hf_config import load_model_config
+from kvbaton.engine.model.matrix import plain
+from kvbaton.engine.model.model_config import ModelConfig
+from kvbaton.engine.model.model_loader import resolve_dtype
+from kvbaton.engine.model.random_weights import random_weights
+from kvbaton.engine.model.weights import DecoderWeights
+from kvbaton.engine.text.tiny_tokenizer import NUM_PLAIN, SpecialIds, plain_text_ids, save_tokenizer
 from kvbaton.kernels.backend import kernels_for
 
 PROBE_LENGTHS = (4, 17, 32, 50, 75, 128, 201)

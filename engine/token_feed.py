@@ -15,7 +15,7 @@ from collections.abc import Sequence as Seq
 import torch
 
 from kvbaton.engine.batch import ScheduledRow
-from kvbaton.engine.sampler import Draw
+from kvbaton.engine.sampling.sampler import Draw
 from kvbaton.kernels.draw import DrawKernels
 
 

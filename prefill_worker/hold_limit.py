@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvbaton.engine.config import BatchConfig
-from kvbaton.prefill_worker.outgoing import OutgoingHandoffs
+from kvbaton.engine.outgoing import OutgoingHandoffs
 
 
 class HoldLimit:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from kvbaton.engine.batch import ScheduledRow
 from kvbaton.engine.config import BatchConfig
-from kvbaton.engine.kv_manager import KVManager, OutOfBlocks
+from kvbaton.engine.kv.kv_manager import KVManager, OutOfBlocks
 from kvbaton.engine.sequence import Sequence, Status
 from kvbaton.prefill_worker.queue import PrefillQueue
 

@@ -17,7 +17,7 @@ from gpucheck.results import AttentionResult, LinearResult, Skipped
 from gpucheck.timing import Clock
 
 from kvbaton.engine.config import GPU_BLOCK_SIZE
-from kvbaton.engine.model_config import ModelConfig
+from kvbaton.engine.model.model_config import ModelConfig
 from kvbaton.kernels.meta import build_attention_meta
 from kvbaton.kernels.torch_prefill import flash_attention
 from kvbaton.kernels.triton_gather import gather_context

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvbaton.engine.model_config import Architecture, ModelConfig, RopeConfig
+from kvbaton.engine.model.model_config import Architecture, ModelConfig, RopeConfig
 
 DECODE_GOAL = 1.15  # time over floor at batch 32 and more
 DECODE_GOAL_SMALL = 1.3

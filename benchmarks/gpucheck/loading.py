@@ -15,12 +15,12 @@ from gpucheck.checks import CheckResult
 from gpucheck.results import LoadResult
 from gpucheck.timing import Clock
 
-from kvbaton.engine.checkpoint import Checkpoint, load_weights, save_weights
-from kvbaton.engine.matrix import plain
-from kvbaton.engine.model_config import ModelConfig
-from kvbaton.engine.model_loader import resolve_dtype
-from kvbaton.engine.random_weights import random_weights
-from kvbaton.engine.weights import DecoderWeights, slots
+from kvbaton.engine.model.checkpoint import Checkpoint, load_weights, save_weights
+from kvbaton.engine.model.matrix import plain
+from kvbaton.engine.model.model_config import ModelConfig
+from kvbaton.engine.model.model_loader import resolve_dtype
+from kvbaton.engine.model.random_weights import random_weights
+from kvbaton.engine.model.weights import DecoderWeights, slots
 
 
 def load(config: ModelConfig, name: str, clock: Clock) -> Iterator[LoadResult | CheckResult]:

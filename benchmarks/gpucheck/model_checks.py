@@ -11,23 +11,23 @@ import torch
 from gpucheck.checks import EXACT, Bench, Check, Outcome, distance
 from gpucheck.floors import models
 
-from kvbaton.cluster.session_types import Leg, Submit
-from kvbaton.cluster.worker import Worker
-from kvbaton.cluster.worker_types import Submitted
-from kvbaton.engine import moe as experts_module
+from kvbaton.cluster.host.commands import Submitted
+from kvbaton.cluster.host.worker import Worker
+from kvbaton.cluster.session.types import Leg, Submit
 from kvbaton.engine.batch import ScheduledRow
 from kvbaton.engine.chunk_size import chunk_sizes
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
-from kvbaton.engine.decoder import Decoder
-from kvbaton.engine.device_sampler import DeviceSampler
 from kvbaton.engine.engine import Engine
 from kvbaton.engine.greedy import generate
-from kvbaton.engine.model_config import ModelConfig, MoeConfig
-from kvbaton.engine.model_loader import LoadedModel, random_model, resolve_dtype
+from kvbaton.engine.model import moe as experts_module
+from kvbaton.engine.model.decoder import Decoder
+from kvbaton.engine.model.model_config import ModelConfig, MoeConfig
+from kvbaton.engine.model.model_loader import LoadedModel, random_model, resolve_dtype
+from kvbaton.engine.model.weights import empty_weights, slots
 from kvbaton.engine.request import Request, SamplingParams
-from kvbaton.engine.sampler import Draw, sample_tokens
+from kvbaton.engine.sampling.device_sampler import DeviceSampler
+from kvbaton.engine.sampling.sampler import Draw, sample_tokens
 from kvbaton.engine.sequence import Sequence
-from kvbaton.engine.weights import empty_weights, slots
 from kvbaton.kernels.backend import kernels_for
 from kvbaton.kernels.meta import build_attention_meta
 

@@ -14,17 +14,17 @@ from gpucheck.results import OverlapResult, Skipped
 from gpucheck.rig import Rig
 from gpucheck.timing import WARM_UP, Clock
 
-from kvbaton.cluster.session_types import Leg, Submit
-from kvbaton.cluster.tracks import Track
-from kvbaton.cluster.worker import Worker
-from kvbaton.cluster.worker_types import Abort
+from kvbaton.cluster.host.commands import Abort
+from kvbaton.cluster.host.worker import Worker
+from kvbaton.cluster.session.types import Leg, Submit
 from kvbaton.engine.batch import Pending, ScheduledRow
 from kvbaton.engine.config import BatchConfig
 from kvbaton.engine.cuda_graphs import Bucket
-from kvbaton.engine.device_sampler import DeviceSampler
-from kvbaton.engine.kv_manager import KVManager
+from kvbaton.engine.kv.kv_manager import KVManager
+from kvbaton.engine.legs import Track
 from kvbaton.engine.request import Request, SamplingParams
-from kvbaton.engine.sampler import Draw
+from kvbaton.engine.sampling.device_sampler import DeviceSampler
+from kvbaton.engine.sampling.sampler import Draw
 from kvbaton.engine.sequence import Sequence
 
 SESSION = 1

@@ -12,9 +12,9 @@ from gpucheck.results import BlockResult, DecodeResult, DrawResult, PrefillResul
 from gpucheck.rig import Rig
 from gpucheck.timing import Clock
 
-from kvbaton.engine.device_sampler import DeviceSampler
 from kvbaton.engine.request import Request, SamplingParams
-from kvbaton.engine.sampler import Draw
+from kvbaton.engine.sampling.device_sampler import DeviceSampler
+from kvbaton.engine.sampling.sampler import Draw
 from kvbaton.engine.sequence import Sequence
 from kvbaton.kernels.meta import AttentionMeta
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from protocol import serve
 
 import kvbaton
-from kvbaton.cluster.session_types import Leg, Submit
-from kvbaton.cluster.worker import Worker
-from kvbaton.cluster.worker_types import Submitted
+from kvbaton.cluster.host.commands import Submitted
+from kvbaton.cluster.host.worker import Worker
+from kvbaton.cluster.session.types import Leg, Submit
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
 from kvbaton.engine.engine import Engine, configure_threads
 from kvbaton.engine.request import Request, SamplingParams

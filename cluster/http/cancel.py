@@ -9,7 +9,7 @@ from __future__ import annotations
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from kvbaton.cluster.client_types import GenerationClient
+from kvbaton.cluster.client.api import GenerationClient
 from kvbaton.cluster.http.calls import request_name
 from kvbaton.cluster.http.errors import ApiError, bad_request
 from kvbaton.cluster.http.protocol import GenerationFields

@@ -12,7 +12,7 @@ import orjson
 from pydantic import ValidationError
 from starlette.responses import Response
 
-from kvbaton.cluster.client_types import Overloaded, ServiceError
+from kvbaton.cluster.client.api import Overloaded, ServiceError
 from kvbaton.engine.request import InvalidRequest
 
 # Names that pydantic adds to a location for the branch of a union; they name no field of the client's JSON.

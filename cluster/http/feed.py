@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
 from typing import NamedTuple, Protocol, cast
 
-from kvbaton.cluster.client_types import GenerationClient
+from kvbaton.cluster.client.api import GenerationClient
 from kvbaton.engine.request import Request, TokenOutput
 
 

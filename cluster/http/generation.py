@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvbaton.cluster.client_types import EngineLost, GenerationClient
+from kvbaton.cluster.client.api import EngineLost, GenerationClient
 from kvbaton.cluster.http.call_timer import CallTimer
 from kvbaton.cluster.http.delta import Delta, Usage
 from kvbaton.cluster.http.feed import Feed, merged_feed

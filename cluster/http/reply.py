@@ -16,7 +16,7 @@ from typing import Protocol
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from kvbaton.cluster.client_types import ServiceError
+from kvbaton.cluster.client.api import ServiceError
 from kvbaton.cluster.http.delta import Delta, Usage
 from kvbaton.cluster.http.errors import INTERNAL_ERROR, ErrorBody, from_invalid_request, from_service_error
 from kvbaton.cluster.http.gate import send_error

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from kvbaton.cluster.client_types import GenerationClient
+from kvbaton.cluster.client.api import GenerationClient
 from kvbaton.cluster.http.metrics import HttpMetrics
 
 

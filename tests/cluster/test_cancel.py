@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from kvbaton.cluster.client import ClientConfig
-from kvbaton.cluster.client_types import Cancelled, DeadlineExceeded, Overloaded
-from kvbaton.decode_worker.landings import LandingState
-from kvbaton.prefill_worker.outgoing import OutgoingState
+from kvbaton.cluster.client.api import Cancelled, DeadlineExceeded, Overloaded
+from kvbaton.cluster.client.client import ClientConfig
+from kvbaton.decode_worker.incoming import LandingState
+from kvbaton.engine.outgoing import OutgoingState
 from kvbaton.router.engine_info import Role
 from support.client_support import Stream, cluster
 from support.session_support import make_request

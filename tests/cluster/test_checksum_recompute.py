@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvbaton.cluster.engine_metrics import render_engine_metrics
+from kvbaton.cluster.ingress.engine_metrics import render_engine_metrics
 from kvbaton.kvtransfer.faults import Fault
 from kvbaton.router.engine_info import Role
 from support.toy_cluster import Stream, ToyCluster

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import kvbaton
-from kvbaton.cluster import cli, serve_command
-from kvbaton.cluster.config_file import load_config
+from kvbaton.cluster import cli
+from kvbaton.cluster.config.config_file import load_config
+from kvbaton.cluster.launch import serve_command
 
 
 def exit_status(*arguments: str) -> int:

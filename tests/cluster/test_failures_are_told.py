@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from kvbaton.cluster.session_types import Leg, Submit
-from kvbaton.cluster.submit_check import SubmitCheck
-from kvbaton.cluster.worker_types import Abort, Submitted
+from kvbaton.cluster.host.commands import Abort, Submitted
+from kvbaton.cluster.host.submit_check import SubmitCheck
+from kvbaton.cluster.session.types import Leg, Submit
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.kvtransfer.faults import Fault
 from kvbaton.kvtransfer.messages import Failed, Landing, Offered

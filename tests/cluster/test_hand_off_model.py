@@ -29,8 +29,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from kvbaton.cluster.client_moves import MoveRefused
-from kvbaton.cluster.session_client import SessionLost
+from kvbaton.cluster.client.migration import MoveRefused
+from kvbaton.cluster.session.client import SessionLost
 from kvbaton.kvtransfer.faults import Fault
 from kvbaton.router.engine_info import EngineState, Role
 from support.net_weather import old_words, read, written

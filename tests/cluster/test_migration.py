@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from kvbaton.cluster.client_moves import MoveRefused
-from kvbaton.cluster.moves import MoveState
+from kvbaton.cluster.client.migration import MoveRefused
+from kvbaton.decode_worker.migration import MoveState
 from kvbaton.router.engine_info import EngineState, Role
 from support.toy_service import ToyService, ToyStream
 

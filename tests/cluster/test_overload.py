@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from kvbaton.cluster.session_types import Leg
+from kvbaton.cluster.session.types import Leg
 from kvbaton.engine.config import BatchConfig
 from kvbaton.kvtransfer.messages import HandoffKey, Released
 from support.toy_cluster import ToyCluster

@@ -10,10 +10,10 @@ from typing import get_type_hints
 
 import pytest
 
-from kvbaton.cluster.client import ClientCounters
-from kvbaton.cluster.config import ClusterConfig
+from kvbaton.cluster.client.client import ClientCounters
+from kvbaton.cluster.config.cluster_config import ClusterConfig
 from kvbaton.cluster.http.metrics import HttpMetrics
-from kvbaton.cluster.serve_command import FLAGS
+from kvbaton.cluster.launch.serve_command import FLAGS
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATORS = (ROOT / "docs" / "operators.md").read_text()

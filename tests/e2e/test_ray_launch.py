@@ -20,9 +20,9 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from kvbaton.cluster.preflight import check_redis
-from kvbaton.cluster.ray_cluster import free_ports
-from kvbaton.cluster.valkey import EmbeddedValkey
+from kvbaton.cluster.launch.preflight import check_redis
+from kvbaton.cluster.launch.ray_cluster import free_ports
+from kvbaton.cluster.store.valkey import EmbeddedValkey
 from support.launcher import Launcher, survivors, wait_until
 
 TinyModel = Callable[[str], Path]

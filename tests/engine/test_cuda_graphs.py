@@ -24,12 +24,12 @@ from kvbaton.engine.cuda_graphs import (
     Staging,
     run_again,
 )
-from kvbaton.engine.device_sampler import DeviceSampler
 from kvbaton.engine.engine import Engine
-from kvbaton.engine.kv_cache import KVCache
-from kvbaton.engine.model_loader import load_model
+from kvbaton.engine.kv.kv_cache import KVCache
+from kvbaton.engine.model.model_loader import load_model
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.engine.runner import Runner
+from kvbaton.engine.sampling.device_sampler import DeviceSampler
 from kvbaton.engine.token_feed import TokenFeed
 from kvbaton.kernels import reference
 from kvbaton.kernels.draw import TorchDraw

@@ -7,7 +7,7 @@ import torch
 
 from kvbaton.engine.batch import ScheduledRow
 from kvbaton.engine.request import Request, SamplingParams
-from kvbaton.engine.sampler import Draw
+from kvbaton.engine.sampling.sampler import Draw
 from kvbaton.engine.sequence import Sequence
 from kvbaton.engine.token_feed import TokenFeed
 from kvbaton.kernels.draw import TorchDraw

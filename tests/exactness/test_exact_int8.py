@@ -11,8 +11,8 @@ import pytest
 
 from kvbaton.engine import engine as engine_module
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
-from kvbaton.engine.decoder import Decoder
 from kvbaton.engine.engine import Engine
+from kvbaton.engine.model.decoder import Decoder
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.engine.tiny import Family
 from kvbaton.router.engine_info import Role

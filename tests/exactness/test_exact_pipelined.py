@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from kvbaton.cluster.worker_types import Abort
-from kvbaton.engine import device_sampler
+from kvbaton.cluster.host.commands import Abort
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
 from kvbaton.engine.engine import Engine
 from kvbaton.engine.request import Request, SamplingParams, TokenOutput
-from kvbaton.engine.sampler import sample_tokens
+from kvbaton.engine.sampling import device_sampler
+from kvbaton.engine.sampling.sampler import sample_tokens
 from kvbaton.engine.tiny import Family
 from support.oracle import TinyModels, prompts
 from support.worker_bench import SESSION, WorkerBench

@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from kvbaton.cluster.session_client import SessionClient, SessionLost
-from kvbaton.cluster.session_wire import HELLO, PROOF, PROTOCOL_VERSION, Encoder
+from kvbaton.cluster.session.client import SessionClient, SessionLost
+from kvbaton.cluster.session.wire import HELLO, PROOF, PROTOCOL_VERSION, Encoder
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.engine.tiny import Family
 from kvbaton.kvtransfer.handshake import Handshake, Hello

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from kvbaton.cluster.registry import TTL_S, Membership, decode_entry
-from kvbaton.cluster.store import StoreUnavailable
+from kvbaton.cluster.store.registry import TTL_S, Membership, decode_entry
+from kvbaton.cluster.store.store import StoreUnavailable
 from kvbaton.engine.block_hash import block_hashes
 from kvbaton.engine.request import Request
 from kvbaton.router.engine_info import Role

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvbaton.cluster.client_types import EngineLost, NoEngines, Overloaded
+from kvbaton.cluster.client.api import EngineLost, NoEngines, Overloaded
 from kvbaton.cluster.http.app import create_app
 from kvbaton.engine.request import FinishReason, InvalidRequest, Request
-from kvbaton.engine.tiny_tokenizer import VOCAB_SIZE
-from kvbaton.engine.tokenizer import Tokenizer
+from kvbaton.engine.text.tiny_tokenizer import VOCAB_SIZE
+from kvbaton.engine.text.tokenizer import Tokenizer
 from support.http_support import MAX_MODEL_LEN, ScriptedClient, http_client, make_service, outputs, say
 from support.openai_schema import OpenAISchema
 

@@ -8,12 +8,12 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from kvbaton.cluster.cancel_feed import CancelFeed
-from kvbaton.cluster.client_types import Cancelled, DeadlineExceeded
+from kvbaton.cluster.client.api import Cancelled, DeadlineExceeded
 from kvbaton.cluster.http.app import create_app
-from kvbaton.cluster.store import MemoryStore
+from kvbaton.cluster.store.cancel_feed import CancelFeed
+from kvbaton.cluster.store.store import MemoryStore
 from kvbaton.engine.request import Request
-from kvbaton.engine.tokenizer import Tokenizer
+from kvbaton.engine.text.tokenizer import Tokenizer
 from support.http_support import RawCall, ScriptedClient, Step, http_client, make_service, outputs, say
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from kvbaton.cluster.http.app import create_app
 from kvbaton.engine.request import FinishReason, Request, SamplingParams
-from kvbaton.engine.tokenizer import Tokenizer
+from kvbaton.engine.text.tokenizer import Tokenizer
 from support.http_support import (
     MAX_MODEL_LEN,
     MODEL_ID,

@@ -9,7 +9,7 @@ import pytest
 
 from kvbaton.cluster.http.app import create_app
 from kvbaton.engine.request import FinishReason, Request
-from kvbaton.engine.tokenizer import Tokenizer
+from kvbaton.engine.text.tokenizer import Tokenizer
 from support.http_support import MODEL_ID, ScriptedClient, Step, http_client, make_service, outputs, say, sse_events
 
 PATH = "/v1/completions"

@@ -9,7 +9,7 @@ import pytest
 
 from kvbaton.cluster.http.app import create_app
 from kvbaton.engine.request import Request
-from kvbaton.engine.tokenizer import Tokenizer
+from kvbaton.engine.text.tokenizer import Tokenizer
 from support.http_support import RawCall, ScriptedClient, Step, make_service, outputs, say
 
 PATH = "/v1/completions"

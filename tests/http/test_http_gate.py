@@ -15,7 +15,7 @@ from kvbaton.cluster.http.app import create_app
 from kvbaton.cluster.http.gate import DISCARD_BYTES, Front
 from kvbaton.cluster.http.metrics import HttpMetrics
 from kvbaton.cluster.http.service import HttpLimits
-from kvbaton.engine.tokenizer import Tokenizer
+from kvbaton.engine.text.tokenizer import Tokenizer
 from support.http_support import ScriptedClient, http_client, make_service, say
 
 TEXT = "/v1/completions"

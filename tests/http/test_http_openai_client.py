@@ -12,11 +12,11 @@ import openai
 import pytest
 import uvicorn
 
-from kvbaton.cluster.client_types import EngineLost, Overloaded
+from kvbaton.cluster.client.api import EngineLost, Overloaded
 from kvbaton.cluster.http.app import create_app
 from kvbaton.cluster.http.service import HttpLimits
 from kvbaton.engine.request import FinishReason, Request
-from kvbaton.engine.tokenizer import Tokenizer
+from kvbaton.engine.text.tokenizer import Tokenizer
 from support.http_support import MODEL_ID, ScriptedClient, Step, make_service, outputs, say
 
 TEXT = "The sea, é and 😀, answers."

@@ -8,7 +8,7 @@ import pytest
 
 from kvbaton.cluster.http.app import create_app
 from kvbaton.engine.request import FinishReason
-from kvbaton.engine.tokenizer import Tokenizer
+from kvbaton.engine.text.tokenizer import Tokenizer
 from support.http_support import MODEL_ID, ScriptedClient, http_client, make_service, say, sse_events
 from support.openai_schema import OpenAISchema
 

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvbaton.cluster.http.app import create_app
 from kvbaton.engine.request import Request
-from kvbaton.engine.tokenizer import Tokenizer
+from kvbaton.engine.text.tokenizer import Tokenizer
 from support.http_support import MAX_MODEL_LEN, RawCall, ScriptedClient, Step, http_client, make_service, outputs, say
 
 

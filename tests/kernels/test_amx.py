@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from kvbaton.engine.greedy import generate
-from kvbaton.engine.model_loader import load_model
-from kvbaton.engine.native_decoder import NativeDecoder, native_decoder
+from kvbaton.engine.model.model_loader import load_model
+from kvbaton.engine.model.native_decoder import NativeDecoder, native_decoder
 from kvbaton.engine.tiny import probe_prompts
 from kvbaton.kernels.cpu import CpuKernels
 from kvbaton.kernels.meta import build_attention_meta

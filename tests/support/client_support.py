@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
-from kvbaton.cluster.client import ClientConfig, ClusterClient
-from kvbaton.cluster.registry import Membership, encode_entry
-from kvbaton.cluster.session_server import SessionServer
-from kvbaton.cluster.session_types import Leg, Submit
-from kvbaton.cluster.store import MemoryStore
+from kvbaton.cluster.client.client import ClientConfig, ClusterClient
+from kvbaton.cluster.session.server import SessionServer
+from kvbaton.cluster.session.types import Leg, Submit
+from kvbaton.cluster.store.registry import Membership, encode_entry
+from kvbaton.cluster.store.store import MemoryStore
 from kvbaton.engine.request import FinishReason, Request, TokenOutput
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, Role
 from kvbaton.router.placement import RouterConfig

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvbaton.engine.decoder import Decoder
-from kvbaton.engine.model_config import Architecture, ModelConfig, RopeConfig
-from kvbaton.engine.model_loader import random_model
+from kvbaton.engine.model.decoder import Decoder
+from kvbaton.engine.model.model_config import Architecture, ModelConfig, RopeConfig
+from kvbaton.engine.model.model_loader import random_model
+from kvbaton.engine.model.weights import slots
 from kvbaton.engine.runner import ForwardPass
-from kvbaton.engine.weights import slots
 from kvbaton.kernels.meta import AttentionMeta, build_attention_meta
 
 CPU = torch.device("cpu")

@@ -17,17 +17,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from kvbaton.cluster.engine_host import EngineHost, EngineHostSettings, EngineStats
-from kvbaton.cluster.redis_store import RedisStore
-from kvbaton.cluster.store import MemoryStore
-from kvbaton.engine.block_owners import BlockAudit
+from kvbaton.cluster.host.engine_host import EngineHost, EngineHostSettings, EngineStats
+from kvbaton.cluster.store.redis_store import RedisStore
+from kvbaton.cluster.store.store import MemoryStore
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
+from kvbaton.engine.kv.block_owners import BlockAudit
 from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.router.engine_info import EngineInfo, EngineState, Role
 
 SECRET = b"a test cluster's secret"
 START_S = 60.0
-_PRELOAD = ["kvbaton.cluster.engine_host", "kvbaton.cluster.client", "kvbaton.cluster.redis_store"]
+_PRELOAD = ["kvbaton.cluster.host.engine_host", "kvbaton.cluster.client.client", "kvbaton.cluster.store.redis_store"]
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from pathlib import Path
 import httpx
 import uvicorn
 
-from kvbaton.cluster.engine_metrics import render_engine_metrics
 from kvbaton.cluster.http.app import create_app
 from kvbaton.cluster.http.service import ModelCard, Service
-from kvbaton.engine.hf_config import load_model_config
-from kvbaton.engine.tokenizer import Tokenizer
+from kvbaton.cluster.ingress.engine_metrics import render_engine_metrics
+from kvbaton.engine.model.hf_config import load_model_config
+from kvbaton.engine.text.tokenizer import Tokenizer
 from support.local_cluster import LocalCluster
 
 MODEL_ID = "tiny"

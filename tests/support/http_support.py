@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from kvbaton.cluster.http.service import ModelCard, Service
 from kvbaton.engine.request import FinishReason, Request, TokenLogprobs, TokenOutput
-from kvbaton.engine.tiny_tokenizer import VOCAB_SIZE, save_tokenizer
-from kvbaton.engine.tokenizer import Tokenizer
+from kvbaton.engine.text.tiny_tokenizer import VOCAB_SIZE, save_tokenizer
+from kvbaton.engine.text.tokenizer import Tokenizer
 
 MAX_MODEL_LEN = 256
 MODEL_ID = "tiny/harbour"

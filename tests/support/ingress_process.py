@@ -8,9 +8,9 @@ import time
 from multiprocessing.connection import Connection
 from random import Random
 
-from kvbaton.cluster.client import ClusterClient
-from kvbaton.cluster.redis_store import RedisStore
-from kvbaton.cluster.registry import Membership
+from kvbaton.cluster.client.client import ClusterClient
+from kvbaton.cluster.store.redis_store import RedisStore
+from kvbaton.cluster.store.registry import Membership
 from kvbaton.engine.request import Request
 from kvbaton.router.placement import RouterConfig
 from kvbaton.router.router import Router

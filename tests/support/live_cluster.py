@@ -12,12 +12,12 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from random import Random
 
-from kvbaton.cluster.client import ClientConfig, ClusterClient
-from kvbaton.cluster.engine_host import EngineStats
-from kvbaton.cluster.prefix_feed import PrefixFollower
-from kvbaton.cluster.redis_store import RedisStore
-from kvbaton.cluster.registry import Membership
-from kvbaton.cluster.valkey import EmbeddedValkey
+from kvbaton.cluster.client.client import ClientConfig, ClusterClient
+from kvbaton.cluster.host.engine_host import EngineStats
+from kvbaton.cluster.store.prefix_feed import PrefixFollower
+from kvbaton.cluster.store.redis_store import RedisStore
+from kvbaton.cluster.store.registry import Membership
+from kvbaton.cluster.store.valkey import EmbeddedValkey
 from kvbaton.engine.request import Request
 from kvbaton.router.engine_info import EngineState, Role
 from kvbaton.router.placement import RouterConfig

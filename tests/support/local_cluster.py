@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from types import TracebackType
 
-from kvbaton.cluster.client import ClientConfig, ClusterClient
+from kvbaton.cluster.client.client import ClientConfig, ClusterClient
 from kvbaton.engine.request import FinishReason, Request, TokenOutput
 from kvbaton.router.engine_info import EngineInfo, Role
 from kvbaton.router.placement import RouterConfig

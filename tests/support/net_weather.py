@@ -7,7 +7,7 @@ their hand-off.
 
 from __future__ import annotations
 
-from kvbaton.cluster.worker import Worker
+from kvbaton.cluster.host.worker import Worker
 from kvbaton.engine.first_tokens import encode_first_tokens
 from kvbaton.kvtransfer.agent import TransferAgent
 from kvbaton.kvtransfer.faults import Fault, FaultyChannel, FaultyTransport

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from kvbaton.cluster.config import PoolSettings
-from kvbaton.cluster.keeper import EngineFailed, EngineSpec
-from kvbaton.cluster.manager import StateUnavailable
+from kvbaton.cluster.config.cluster_config import PoolSettings
+from kvbaton.cluster.pools.manager import StateUnavailable
+from kvbaton.cluster.pools.supervisor import EngineFailed, EngineSpec
 from kvbaton.router.engine_info import EngineInfo, EngineState, Role
 
 

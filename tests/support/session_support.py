@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvbaton.cluster.session_client import SessionClient
-from kvbaton.cluster.session_connection import SessionLimits
-from kvbaton.cluster.session_server import SessionServer
-from kvbaton.cluster.session_types import Move, Notice, Submit
+from kvbaton.cluster.session.client import SessionClient
+from kvbaton.cluster.session.connection import SessionLimits
+from kvbaton.cluster.session.server import SessionServer
+from kvbaton.cluster.session.types import Move, Notice, Submit
 from kvbaton.engine.request import Request, SamplingParams, TokenOutput
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field, replace
 
-from kvbaton.cluster.session_types import Leg, Submit
-from kvbaton.cluster.worker import Worker
-from kvbaton.cluster.worker_types import Abort, Item, Submitted
+from kvbaton.cluster.host.commands import Abort, Item, Submitted
+from kvbaton.cluster.host.worker import Worker
+from kvbaton.cluster.session.types import Leg, Submit
 from kvbaton.engine.config import BatchConfig
 from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenOutput
 from kvbaton.kvtransfer.agent import TransferAgent

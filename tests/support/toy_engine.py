@@ -19,7 +19,7 @@ from functools import partial
 import numpy as np
 
 from kvbaton.engine.batch import SampledToken, ScheduledRow, StepResult
-from kvbaton.engine.kv_manager import KVManager
+from kvbaton.engine.kv.kv_manager import KVManager
 
 VOCAB = 1009
 

@@ -11,10 +11,10 @@ import random
 from collections import deque
 from dataclasses import replace
 
-from kvbaton.cluster.client import ClientConfig, ClusterClient
-from kvbaton.cluster.session_client import SessionLost
-from kvbaton.cluster.session_types import Move, Notice, Submit
-from kvbaton.cluster.worker_types import Abort, MoveOrder, Submitted
+from kvbaton.cluster.client.client import ClientConfig, ClusterClient
+from kvbaton.cluster.host.commands import Abort, MoveOrder, Submitted
+from kvbaton.cluster.session.client import SessionLost
+from kvbaton.cluster.session.types import Move, Notice, Submit
 from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenOutput
 from kvbaton.kvtransfer.loopback import LoopbackNetwork
 from kvbaton.kvtransfer.settings import TransferSettings

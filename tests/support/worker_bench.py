@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kvbaton.cluster.session_types import Leg, Submit
-from kvbaton.cluster.worker import Worker
-from kvbaton.cluster.worker_types import StepEngine, Submitted
+from kvbaton.cluster.host.commands import StepEngine, Submitted
+from kvbaton.cluster.host.worker import Worker
+from kvbaton.cluster.session.types import Leg, Submit
 from kvbaton.engine.config import BatchConfig
 from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenOutput
 from kvbaton.kvtransfer.messages import PeerAddress

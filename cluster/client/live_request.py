@@ -1,0 +1,224 @@
+"""One client request on its way: its samples, the engines that work on it now, and what waits to be read.
+
+    Flight      what `generate` streams from: a queue of outputs, an end, or an error
+    Sample      one sample's tokens in order: what came early waits, what came twice is dropped, a gap is an error
+    Attempt     one submission of some of the samples to one or two engines; replaced when it fails
+
+With a pair, a sample's first token comes from prefill and the others from decode, over two connections: decode's may
+overtake the first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from kvbaton.cluster.session.client import SessionClient
+from kvbaton.engine.request import FinishReason, Request, TokenOutput
+from kvbaton.router.router import Booking
+
+_FAILURES = (FinishReason.ERROR, FinishReason.ABORT)
+
+
+class TokenGap(RuntimeError):
+    """A token came whose predecessor can no longer come."""
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """`first` computes the prompt, `second` decodes, the same one where there is no transfer."""
+
+    flight: Flight
+    request: Request  # as the engines know it
+    first: SessionClient
+    second: SessionClient
+    booking: Booking
+    unfinished: set[int]
+    decoding: bool = False  # the decode leg has sent a token: the hand-off is behind us
+    standby: bool = False  # its sample is moving to it, and is still another's
+
+    @property
+    def base(self) -> int:
+        """Index of the first token that this attempt makes for each sample."""
+        return len(self.request.emitted)
+
+    @property
+    def paired(self) -> bool:
+        return self.first is not self.second
+
+    def decodes(self, index: int) -> bool:
+        """Whether `second` has the prompt and makes this sample's tokens, as far as one can see from here."""
+        return self.decoding if self.paired else len(self.flight.samples[index].tokens) > self.base
+
+    def needing(self, session: SessionClient) -> set[int]:
+        """The samples that cannot go on without this session: once decode is at work, prefill owes at most a first
+        token that decode has overtaken."""
+        if session is self.second:
+            return set(self.unfinished)
+        if session is not self.first:
+            return set()
+        samples = self.flight.samples
+        return {i for i in self.unfinished if not self.decoding or len(samples[i].tokens) == self.base}
+
+    def abort(self, samples: Iterable[int] | None = None) -> None:
+        """Tell both legs to drop these samples, or all."""
+        for session in {id(leg): leg for leg in (self.first, self.second)}.values():
+            if samples is None:
+                session.abort(self.request.request_id)
+            else:
+                for sample in samples:
+                    session.abort(self.request.request_id, sample)
+
+
+@dataclass(slots=True, eq=False)
+class SampleMove:
+    """A sample on its way from `source`'s engine to `target`'s. `done`: why it failed, or an empty string."""
+
+    sample: int
+    source: Attempt
+    target: Attempt
+    done: asyncio.Future[str]
+    ahead: list[TokenOutput] = field(default_factory=list)  # the target's, which overtook the source's last ones
+    target_lost: str = ""  # why the target will not take it; only the source knows whether it had gone before
+
+
+@dataclass(slots=True)
+class Sample:
+    """Tokens of one sample so far. `attempt` is who makes the next, None while nobody does."""
+
+    tokens: list[int] = field(default_factory=list)
+    done: bool = False
+    attempt: Attempt | None = None
+    early: list[TokenOutput] = field(default_factory=list)
+    move: SampleMove | None = None
+    move_tries: int = 0
+    retry_move_at: float = 0.0
+
+    def accept(self, output: TokenOutput, ready: list[TokenOutput]) -> None:
+        """Put an output in its place; append to `ready` what can be read now. Raises `TokenGap`."""
+        expected = len(self.tokens)
+        if output.index == expected:
+            self._take(output, ready)
+            early, self.early = self.early, []
+            for waiting in early:
+                self._take(waiting, ready)
+        elif output.index > expected:
+            self._keep_early(output, expected)
+
+    def _take(self, output: TokenOutput, ready: list[TokenOutput]) -> None:
+        if self.done:
+            return
+        if output.token_id is not None:
+            self.tokens.append(output.token_id)
+        self.done = output.finish is not None
+        ready.append(output)
+
+    def _keep_early(self, output: TokenOutput, expected: int) -> None:
+        """Only decode may run ahead, only of the one token that prefill still owes, and without holes."""
+        attempt = self.attempt
+        if attempt is None or not attempt.paired or expected != attempt.base:
+            raise TokenGap(f"token {output.index} came where {expected} was next")
+        following = expected + 1 + len(self.early)
+        if output.index > following:
+            raise TokenGap(f"token {output.index} came where {following} was next")
+        if output.index == following:
+            self.early.append(output)
+
+
+class Flight:
+    """Everything about one request between `generate` and its end. Lives on one event loop."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.samples = {index: Sample(list(request.emitted)) for index in request.sample_indices}
+        self.epoch = request.epoch
+        self.resumes = 0
+        self.last_reason = ""
+        self.parked: list[int] = []  # samples that wait for an engine to come
+        self.deadline: asyncio.TimerHandle | None = None  # for the parked ones
+        self.overdue_at: float | None = None  # on the event loop's clock
+        self._ready: list[TokenOutput] = []
+        self._error: Exception | None = None
+        self._reader: asyncio.Future[None] | None = None
+
+    @property
+    def over(self) -> bool:
+        """Nothing more will come: each sample is done, or the flight failed."""
+        return self._error is not None or all(sample.done for sample in self.samples.values())
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """The live ones, each once."""
+        found = {id(s.attempt): s.attempt for s in self.samples.values() if s.attempt is not None}
+        return list(found.values())
+
+    def remaining_s(self) -> float | None:
+        """How long the request may still take."""
+        if self.overdue_at is None:
+            return None
+        return max(0.001, self.overdue_at - asyncio.get_running_loop().time())
+
+    def accept(self, attempt: Attempt, session: SessionClient, output: TokenOutput) -> str | None:
+        """Take one output of an attempt. Returns why the sample has to be resumed, if it has to. Raises `TokenGap`."""
+        sample = self.samples.get(output.sample)
+        if sample is None or sample.done or sample.attempt is not attempt:
+            return None
+        if output.finish in _FAILURES:
+            if output.sample not in attempt.needing(session):
+                return None  # prefill's word about a hand-off that decode has completed
+            return f"engine {session.info.engine_id}: {output.error or output.finish}"
+        if session is attempt.second and attempt.paired and output.index > attempt.base:
+            attempt.decoding = True
+        sample.accept(self._as_client_knows_it(output), self._ready)
+        return None
+
+    def fail(self, error: Exception) -> None:
+        """End the stream with an error, after what is ready."""
+        self._error = self._error or error
+        self.wake()
+
+    def wake(self) -> None:
+        """Let the reader look: something is ready, or it is over."""
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def read(self) -> list[TokenOutput]:
+        """What has arrived since, at least one output; the empty list at the end. Raises the flight's error."""
+        while True:
+            if self._ready:
+                ready, self._ready = self._ready, []
+                return ready
+            if self._error is not None:
+                raise self._error
+            if self.over:
+                return []
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+
+    def _as_client_knows_it(self, output: TokenOutput) -> TokenOutput:
+        """A resumed sample runs under a name of its own and recomputes a prompt whose numbers the client has."""
+        if output.request_id == self.request.request_id:
+            return output
+        first = output.index == len(self.request.emitted)
+        return replace(
+            output,
+            request_id=self.request.request_id,
+            cached_tokens=output.cached_tokens if first else None,
+            prompt_logprobs=output.prompt_logprobs if first else None,
+        )
+
+
+def resume_request(flight: Flight, index: int) -> Request:
+    """A new request for one sample that goes on where its tokens end. The flight's `epoch` makes its name unique."""
+    request, tokens = flight.request, tuple(flight.samples[index].tokens)
+    sampling = replace(request.sampling, prompt_logprobs=None) if tokens else request.sampling
+    return replace(
+        request,
+        request_id=f"{request.request_id}~{flight.epoch}.{index}",
+        sampling=sampling,
+        sample_indices=(index,),
+        emitted=tokens,
+        epoch=flight.epoch,
+        timeout_s=flight.remaining_s(),
+    )

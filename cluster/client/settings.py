@@ -1,0 +1,38 @@
+"""A cluster client's settings and counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvbaton.cluster.session.connection import SessionLimits
+
+
+@dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """`max_resumes` per request; `park_s` is how long one that had begun waits for an engine when none is left.
+
+    `request_timeout_s` bounds requests that do not bring a limit of their own, None: not at all. `max_in_flight`
+    requests at a time; `max_moves` sequences at a time leave one engine that drains.
+    """
+
+    max_resumes: int = 3
+    park_s: float = 30.0
+    limits: SessionLimits = field(default_factory=SessionLimits)
+    request_timeout_s: float | None = None
+    max_in_flight: int = 16384
+    max_moves: int = 4
+
+
+@dataclass(slots=True)
+class ClientCounters:
+    """What happened to requests since the start, for metrics."""
+
+    placed_pairs: int = 0
+    placed_local: int = 0
+    refused: int = 0
+    resumed: int = 0
+    lost: int = 0
+    stale_outputs: int = 0
+    timed_out: int = 0
+    moved: int = 0
+    moves_failed: int = 0

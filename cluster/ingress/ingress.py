@@ -1,0 +1,174 @@
+"""One ingress replica: store, membership, sessions to the engines, tokenizer, and the HTTP application. No Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+from kvbaton import __version__
+from kvbaton.cluster.client.client import ClientConfig, ClusterClient
+from kvbaton.cluster.config.cluster_config import HttpSettings, RouterSettings
+from kvbaton.cluster.http.service import HttpLimits, ModelCard, SamplingDefaults, Service
+from kvbaton.cluster.ingress.engine_metrics import render_engine_metrics
+from kvbaton.cluster.launch.launch_types import StoreAddress
+from kvbaton.cluster.store.cancel_feed import CancelFeed
+from kvbaton.cluster.store.prefix_feed import PrefixFollower
+from kvbaton.cluster.store.redis_store import RedisStore
+from kvbaton.cluster.store.registry import Membership
+from kvbaton.cluster.store.store import Store
+from kvbaton.engine.model.hf_config import load_model_config
+from kvbaton.engine.model.json_fields import JsonFields
+from kvbaton.engine.text.tokenizer import Tokenizer
+from kvbaton.router.placement import RouterConfig
+from kvbaton.router.router import Router
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+_ENGINE_WAIT_S = 20.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class IngressSettings:
+    """What an ingress is made from; travels to its process."""
+
+    store: StoreAddress
+    secret: bytes = field(repr=False)
+    model: Path
+    model_id: str
+    max_model_len: int | None
+    router: RouterSettings
+    http: HttpSettings
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+
+
+class Ingress:
+    """Made by `open`; `close` ends its sessions and aborts what is in flight. `stop_in` is for the time before that."""
+
+    def __init__(
+        self,
+        store: Store,
+        membership: Membership,
+        client: ClusterClient,
+        prefixes: PrefixFollower,
+        cancels: CancelFeed,
+        service: Service,
+    ) -> None:
+        self._store = store
+        self._membership = membership
+        self._client = client
+        self._prefixes = prefixes
+        self._cancels = cancels
+        self.service = service
+
+    @classmethod
+    async def open(cls, settings: IngressSettings) -> Ingress:
+        """Connect to the store and follow its engines. Raises `StoreUnavailable` and `ConfigError`."""
+        store = await RedisStore.open(settings.store.url, settings.store.namespace)
+        membership = Membership(store)
+        await membership.start()
+        client = _client(membership, settings)
+        await client.start()
+        await _wait_for_engines(client)
+        prefixes = PrefixFollower(store, client.router.index)
+        membership.subscribe(prefixes.follow)
+        prefixes.start()
+        service = _service(settings, membership, client)
+        cancels = CancelFeed(store, partial(_cancel, client, service))
+        if settings.http.replicas > 1:
+            service = replace(service, cancel_elsewhere=cancels.tell)
+            cancels.start()
+        return cls(store, membership, client, prefixes, cancels, service)
+
+    def app(self) -> FastAPI:
+        from kvbaton.cluster.http.app import create_app
+
+        return create_app(self.service)
+
+    def stop_in(self, seconds: float) -> None:
+        """Requests in progress have so long; then each ends with an error that says why, as do those that come."""
+        asyncio.get_running_loop().call_later(seconds, self._client.stop)
+
+    async def close(self) -> None:
+        await self._client.close()
+        await self._prefixes.close()
+        await self._cancels.close()
+        await self._membership.close()
+        await self._store.close()
+
+
+def _cancel(client: ClusterClient, service: Service, call_id: str) -> None:
+    from kvbaton.cluster.http.cancel import cancel_call
+
+    if cancel_call(client, call_id, service.limits.max_prompts):
+        log.info("call %s was cancelled at another replica", call_id)
+
+
+async def _wait_for_engines(client: ClusterClient) -> None:
+    """A replica that takes requests should be able to serve them; without engines it starts all the same."""
+    try:
+        await asyncio.wait_for(client.wait_ready(), _ENGINE_WAIT_S)
+    except TimeoutError:
+        log.warning("no engine could be reached within %g s; serving goes on when one can", _ENGINE_WAIT_S)
+
+
+def _client(membership: Membership, settings: IngressSettings) -> ClusterClient:
+    router_config = RouterConfig(local_prefill_max_tokens=settings.router.local_prefill_tokens)
+    return ClusterClient(
+        membership,
+        Router(router_config, time.monotonic, Random()),
+        settings.secret,
+        f"ingress-{uuid.uuid4().hex[:12]}",
+        ClientConfig(
+            max_resumes=settings.router.max_resumes,
+            request_timeout_s=settings.http.request_timeout_s,
+            max_in_flight=settings.http.max_ongoing_requests * 4,  # a call may have several prompts
+        ),
+    )
+
+
+def _service(settings: IngressSettings, membership: Membership, client: ClusterClient) -> Service:
+    config = load_model_config(settings.model)
+    lengths = [info.max_model_len for info in membership.engines]
+    lengths.append(settings.max_model_len or config.max_position_embeddings)
+    return Service(
+        client=client,
+        tokenizer=Tokenizer.load(settings.model),
+        model=ModelCard(
+            id=settings.model_id,
+            vocab_size=config.vocab_size,
+            max_model_len=min(lengths),
+            eos_ids=config.eos_token_ids,
+            created=int(time.time()),
+        ),
+        version=__version__,
+        defaults=sampling_defaults(settings.model),
+        limits=HttpLimits(max_body_bytes=settings.http.max_body),
+        api_keys=settings.api_keys,
+        extra_metrics=lambda: render_engine_metrics(membership, client),
+    )
+
+
+def sampling_defaults(folder: Path) -> SamplingDefaults:
+    """What the model's own generation_config.json recommends, for requests that leave a value out."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return SamplingDefaults()
+    fields = JsonFields.read(path)
+    standard = SamplingDefaults()
+    return SamplingDefaults(
+        temperature=fields.number("temperature", standard.temperature),
+        top_p=fields.number("top_p", standard.top_p),
+        top_k=fields.integer("top_k", standard.top_k),
+        min_p=fields.number("min_p", standard.min_p),
+        repetition_penalty=fields.number("repetition_penalty", standard.repetition_penalty),
+    )

@@ -1,0 +1,58 @@
+"""From the configuration of a cluster to what its manager and engines are given."""
+
+from __future__ import annotations
+
+from kvbaton.cluster.config import cluster_config as configuration
+from kvbaton.cluster.host.engine_host import EngineHostSettings
+from kvbaton.cluster.launch.devices import threads_per_engine
+from kvbaton.cluster.launch.launch_types import Launch
+from kvbaton.cluster.pools.actors import EnginePlacement, ManagerSettings
+from kvbaton.kvtransfer.settings import TransferSettings
+from kvbaton.router.engine_info import Role
+
+ENGINE_CPUS = 1.0
+
+
+def manager_settings(launch: Launch) -> ManagerSettings:
+    """Engine id, generation and role are left open: the manager fills them in for each engine."""
+    config, device = launch.config, launch.preflight.device
+    threads = threads_per_engine(config, device)
+    template = EngineHostSettings(
+        engine_id="",
+        generation=0,
+        role=Role.HYBRID,
+        engine=config.engine_config(device, threads),
+        secret=launch.secret,
+        host="127.0.0.1" if config.ray.address is None else "",
+        model_id=config.model.served_name,
+        transfer=transfer_settings(config.transfer),
+        step_limit_s=config.step_timeout_s(device),
+    )
+    placement = EnginePlacement(
+        num_cpus=ENGINE_CPUS,
+        num_gpus=config.engine.gpus if device == "cuda" else 0.0,
+        environment=_environment(launch, threads),
+        start_timeout_s=config.engine.start_timeout_s,
+        log_level=config.ray.log_level,
+    )
+    return ManagerSettings(launch.store, template, placement)
+
+
+def transfer_settings(settings: configuration.TransferSettings) -> TransferSettings:
+    """What every engine's transfer agent gets."""
+    return TransferSettings(
+        lease_s=settings.lease_s,
+        connect_s=settings.connect_s,
+        drain_s=settings.drain_s,
+        send_window=settings.send_window,
+        bandwidth_floor_bytes_s=float(settings.bandwidth_floor),
+        checksum=settings.checksum,
+    )
+
+
+def _environment(launch: Launch, threads: int | None) -> tuple[tuple[str, str], ...]:
+    """What must be set before an engine's process imports torch or UCX."""
+    variables = [("UCX_TLS", launch.config.transfer.ucx_tls), ("HF_HUB_OFFLINE", "1")]
+    if threads is not None:
+        variables.append(("OMP_NUM_THREADS", str(threads)))
+    return tuple(variables)

@@ -1,0 +1,86 @@
+"""What must change so that the engines that exist become the engines that are wanted. Pure functions, no clock, no I/O.
+
+A role switch takes about a second, a new engine tens of seconds: surplus engines of one role are switched to another
+first. What is left is either only starts or only stops, never both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kvbaton.cluster.config.cluster_config import PoolSettings
+from kvbaton.router.engine_info import Role
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One engine that exists, by id. `ready` is False while it starts, fails or waits to be started again."""
+
+    engine_id: str
+    role: Role
+    ready: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """Change the role of an engine that is up."""
+
+    engine_id: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`starts` are roles, one entry an engine; `stops` are engine ids."""
+
+    switches: tuple[Switch, ...] = ()
+    starts: tuple[Role, ...] = ()
+    stops: tuple[str, ...] = ()
+
+
+def wanted_counts(pools: PoolSettings) -> dict[Role, int]:
+    """Engines per role, every role present."""
+    return {Role.PREFILL: pools.prefill, Role.DECODE: pools.decode, Role.HYBRID: pools.hybrid}
+
+
+def plan_pools(slots: Sequence[Slot], pools: PoolSettings) -> Plan:
+    """The changes from `slots` to `pools`. The least useful engines of a role go first: not ready, then newest id."""
+    wanted = wanted_counts(pools)
+    surplus = [slot for role in Role for slot in _surplus(slots, role, wanted)]
+    missing = [role for role in Role for _ in range(wanted[role] - _count(slots, role))]
+    donors = sorted(surplus, key=lambda slot: not slot.ready)  # stable: ready ones switch, the others can only stop
+    switched = donors[: len(missing)]
+    return Plan(
+        switches=tuple(Switch(slot.engine_id, role) for slot, role in zip(switched, missing, strict=False)),
+        starts=tuple(missing[len(switched) :]),
+        stops=tuple(slot.engine_id for slot in donors[len(missing) :]),
+    )
+
+
+def _count(slots: Sequence[Slot], role: Role) -> int:
+    return sum(slot.role is role for slot in slots)
+
+
+def _surplus(slots: Sequence[Slot], role: Role, wanted: Mapping[Role, int]) -> list[Slot]:
+    """The engines of a role beyond the wanted number, least useful first."""
+    mine = sorted((slot for slot in slots if slot.role is role), key=_usefulness)
+    return mine[: max(0, len(mine) - wanted[role])]
+
+
+def _usefulness(slot: Slot) -> tuple[bool, int, str]:
+    """Ascending: not ready before ready, then the newest id first."""
+    prefix, _, number = slot.engine_id.rpartition("-")
+    return (slot.ready, -int(number) if number.isdigit() else 0, prefix)
+
+
+def free_ids(taken: Sequence[str], count: int) -> list[str]:
+    """The lowest `engine-N` that are not in use. An id says nothing of a role: roles change, ids stay."""
+    used = set(taken)
+    found: list[str] = []
+    number = 0
+    while len(found) < count:
+        if (engine_id := f"engine-{number}") not in used:
+            found.append(engine_id)
+        number += 1
+    return found

@@ -1,0 +1,95 @@
+"""What one engine knows of each request it works on: who asked, which leg, and the sequences it became."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from kvbaton.cluster.session.types import Leg, Submit
+from kvbaton.engine.request import Request, TokenLogprobs
+from kvbaton.engine.sequence import Sequence
+from kvbaton.kvtransfer.messages import HandoffKey
+
+
+@dataclass(slots=True)
+class Track:
+    """`prompt` is the sequence that computes the prompt, until its first tokens are drawn; `live` are the samples that
+    decode here afterwards."""
+
+    session_id: int
+    submit: Submit
+    prompt: Sequence | None = None
+    live: dict[int, Sequence] = field(default_factory=dict)
+    dropped: set[int] = field(default_factory=set)  # samples aborted before they were live here
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    overdue_at_s: float = math.inf
+
+    @property
+    def request(self) -> Request:
+        return self.submit.request
+
+    @property
+    def leg(self) -> Leg:
+        return self.submit.leg
+
+    @property
+    def key(self) -> HandoffKey:
+        return HandoffKey(self.request.request_id, self.request.epoch)
+
+
+class Tracks:
+    """Tracks by hand-off key, and by session for the day an ingress is lost."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[HandoffKey, Track] = {}
+        self._deadlines: list[tuple[float, str, int]] = []  # a heap; may name requests that are gone
+
+    def __iter__(self) -> Iterator[Track]:
+        return iter(self._by_key.values())
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def __contains__(self, key: HandoffKey) -> bool:
+        return key in self._by_key
+
+    def add(self, track: Track) -> None:
+        self._by_key[track.key] = track
+        if track.overdue_at_s < math.inf:
+            heapq.heappush(self._deadlines, (track.overdue_at_s, track.key.request_id, track.key.epoch))
+
+    def overdue(self, now: float) -> list[Track]:
+        """Tracks whose time is up, each once."""
+        late: list[Track] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id, epoch = heapq.heappop(self._deadlines)
+            track = self.get(HandoffKey(request_id, epoch))
+            if track is not None and track.overdue_at_s <= now:
+                late.append(track)
+        return late
+
+    def get(self, key: HandoffKey) -> Track | None:
+        return self._by_key.get(key)
+
+    def of(self, seq: Sequence) -> Track | None:
+        return self._by_key.get(HandoffKey(seq.request.request_id, seq.request.epoch))
+
+    def remove(self, track: Track) -> None:
+        self._by_key.pop(track.key, None)
+
+    def named(self, request_id: str | None) -> list[Track]:
+        """All tracks of a request id, whoever submitted it; all there are for None."""
+        return [t for t in self if request_id is None or t.request.request_id == request_id]
+
+    def of_request(self, session_id: int, request_id: str | None) -> list[Track]:
+        """All epochs of a request that one session submitted here (normally one); all of its requests for None."""
+        return [t for t in self.named(request_id) if t.session_id == session_id]
+
+    def block_tables(self) -> Iterator[list[int]]:
+        """Of every sequence, for an audit."""
+        for track in self:
+            yield from (seq.block_table for seq in track.live.values())
+            if track.prompt is not None:
+                yield track.prompt.block_table

@@ -1,0 +1,52 @@
+"""What a step has to say to the ingresses: tokens, ends, and how moves ended; collected by session until it is sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvbaton.cluster.session.types import Notice, refused_outputs
+from kvbaton.engine.batch import SampledToken
+from kvbaton.engine.legs import Track
+from kvbaton.engine.request import FinishReason, TokenOutput
+from kvbaton.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Outbox:
+    """`tokens` and `notices` by session id; the tokens of a session are older than its notices."""
+
+    tokens: dict[int, list[TokenOutput]] = field(default_factory=dict)
+    notices: list[tuple[int, Notice]] = field(default_factory=list)
+
+    def token(self, track: Track, seq: Sequence, drawn: SampledToken, finish: FinishReason | None) -> None:
+        """The newest token of `seq`."""
+        request = track.request
+        index = seq.num_outputs - 1
+        first = index == len(request.emitted)
+        output = TokenOutput(
+            request.request_id,
+            request.epoch,
+            seq.samples[0],
+            index,
+            drawn.token_id,
+            drawn.logprobs,
+            finish,
+            seq.cached_tokens if first else None,
+            tuple(track.prompt_logprobs) if first and track.prompt_logprobs else None,
+        )
+        self.tokens.setdefault(track.session_id, []).append(output)
+
+    def refuse(self, track: Track, error: str) -> None:
+        """Every sample of a request ends without a token."""
+        self.tokens.setdefault(track.session_id, []).extend(refused_outputs(track.submit, error))
+
+    def notice(self, session_id: int, notice: Notice) -> None:
+        self.notices.append((session_id, notice))
+
+    def take_tokens(self) -> dict[int, list[TokenOutput]]:
+        tokens, self.tokens = self.tokens, {}
+        return tokens
+
+    def take_notices(self) -> list[tuple[int, Notice]]:
+        notices, self.notices = self.notices, []
+        return notices

@@ -1,0 +1,169 @@
+"""Text to token ids and back: a thin wrapper over the model folder's own tokenizer and chat template.
+
+transformers reads the files, from the folder alone and never from the network; it is imported on load, so that
+importing this module costs nothing. Encoding and decoding then go straight to the Rust tokenizer, which threads share.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvbaton.engine.config import ConfigError
+from kvbaton.engine.model.hf_config import load_model_config
+from kvbaton.engine.request import InvalidRequest
+from kvbaton.engine.text.detokenizer import ByteDetokenizer, IncrementalDetokenizer, WindowDetokenizer, unicode_to_bytes
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raise `ConfigError` when a model folder's tokenizer is missing or damaged, without the seconds a load takes."""
+    _check_present(folder)
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return
+    from tokenizers import Tokenizer as RustTokenizer
+
+    try:
+        RustTokenizer.from_file(str(path))
+    except Exception as error:  # plain Exception is what it raises for a damaged file
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
+def _check_present(folder: Path) -> None:
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        raise ConfigError(f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there")
+
+
+class Tokenizer:
+    """Immutable once loaded; safe to share between threads."""
+
+    def __init__(self, hf: Any, eos_token_ids: tuple[int, ...]) -> None:
+        """`hf` is a transformers tokenizer with a Rust backend."""
+        self._hf = hf
+        self._rust = hf.backend_tokenizer
+        self._special = frozenset(hf.all_special_ids) | {
+            index for index, token in self._rust.get_added_tokens_decoder().items() if token.special
+        }
+        self._byte_level = _is_byte_level(self._rust)
+        self.eos_token_ids = eos_token_ids
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """The tokenizer of a model folder; raises `ConfigError` naming what is missing or damaged."""
+        if not folder.is_dir():
+            raise ConfigError(f"model folder {folder} does not exist or is not a folder")
+        _check_present(folder)
+        hf = _read(folder)
+        if getattr(hf, "backend_tokenizer", None) is None:
+            raise ConfigError(f"{folder}: {type(hf).__name__} is not supported; a tokenizer.json is needed")
+        return cls(hf, load_model_config(folder).eos_token_ids)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that the tokenizer knows, added tokens included; the model's vocabulary may be larger."""
+        return int(self._rust.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def bos_token_id(self) -> int | None:
+        value: int | None = self._hf.bos_token_id
+        return value
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._hf.chat_template)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Special tokens in `text` become their ids; `add_special_tokens` adds those that start every prompt (BOS)."""
+        ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """As `encode`, in parallel."""
+        return [e.ids for e in self._rust.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Incomplete characters become U+FFFD; ids without a token become nothing."""
+        text: str = self._rust.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """One token alone, special ones by name; U+FFFD where it is a part of a character."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for."""
+        if self._byte_level:
+            return unicode_to_bytes(self._rust.id_to_token(token_id) or "")
+        piece = self._rust.id_to_token(token_id) or ""
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("▁", " ").encode()
+
+    def detokenizer(self, prompt: Sequence[int] = (), skip_special_tokens: bool = True) -> IncrementalDetokenizer:
+        """A fresh stream for the tokens that follow `prompt`."""
+        skipped = self._special if skip_special_tokens else frozenset[int]()
+        if self._byte_level:
+            return ByteDetokenizer(self._rust.id_to_token, skipped)
+        return WindowDetokenizer(self._decode_all, skipped, prompt)
+
+    def _decode_all(self, token_ids: list[int]) -> str:
+        return self.decode(token_ids, skip_special_tokens=False)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt text of a conversation; raises `InvalidRequest` where the template is absent or refuses it."""
+        from jinja2 import TemplateError
+
+        if not self.has_chat_template:
+            raise InvalidRequest(
+                "this model has no chat template (tokenizer_config.json or chat_template.jinja); use /v1/completions",
+                "messages",
+            )
+        if not messages:
+            raise InvalidRequest("messages is empty", "messages")
+        try:
+            text: str = self._hf.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] if tools else None,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **(template_options or {}),
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
+        return text
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of `render_chat`. The template writes its own BOS; none is added."""
+        text = self.render_chat(messages, tools, add_generation_prompt, template_options)
+        return self.encode(text, add_special_tokens=False)
+
+
+def _read(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the Rust tokenizer raises plain Exception for a damaged file
+        raise ConfigError(f"{folder}: the tokenizer cannot be read: {error}") from error
+
+
+def _is_byte_level(rust: Any) -> bool:
+    decoder = json.loads(rust.to_str()).get("decoder") or {}
+    inner = decoder.get("decoders", [decoder])
+    return [step.get("type") for step in inner] == ["ByteLevel"]
