@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 
 from kvbaton.cluster.client.client import ClusterClient
 from kvbaton.cluster.session.server import SessionServer
-from kvbaton.cluster.session.types import Submit
 from kvbaton.cluster.session.wire import Encoder, FrameReader, decode_step, unpack
 from kvbaton.cluster.store.registry import Membership, Registration
 from kvbaton.cluster.store.store import MemoryStore
+from kvbaton.engine.orders import Submit
 from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenOutput
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
 from kvbaton.router.placement import RouterConfig

@@ -30,14 +30,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cpu_models import SHAPES, checkpoint, matrix_elements, prompt
 
-from kvbaton.cluster.host.commands import Submitted
 from kvbaton.cluster.host.worker import Worker
-from kvbaton.cluster.session.types import Leg, Submit
 from kvbaton.engine import runner as runner_module
 from kvbaton.engine.batch import SampledToken
 from kvbaton.engine.config import QUANTIZATIONS, BatchConfig, CacheConfig, EngineConfig
 from kvbaton.engine.engine import Engine, configure_threads
 from kvbaton.engine.model.native_decoder import NativeDecoder
+from kvbaton.engine.orders import LegKind, Submit, Submitted
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.kernels.host_memory import zeroed_memory
 from kvbaton.kernels.native_lib import PHASES
@@ -146,7 +145,7 @@ class Bench:
         sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
         for i in range(sequences):
             request = Request(f"r{i}", tuple(prompt(i, length, self.engine.vocab_size)), sampling, (0,))
-            self.worker.handle(Submitted(1, Submit(request, Leg.LOCAL, None)), 0.0)
+            self.worker.handle(Submitted(1, Submit(request, LegKind.LOCAL, None)), 0.0)
 
     def steps(self) -> list[dict[str, float]]:
         """Runs until nothing is left; each step's parts, with `total`, `cpu` and `python`."""

@@ -19,12 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from kvbaton.cluster.host.commands import Submitted
 from kvbaton.cluster.host.worker import Worker
-from kvbaton.cluster.session.types import Leg, Submit
 from kvbaton.engine.batch import Pending, ScheduledRow
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
 from kvbaton.engine.engine import Engine
+from kvbaton.engine.orders import LegKind, Submit, Submitted
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.engine.tiny import make_tiny
 
@@ -89,7 +88,7 @@ class PrefixSaving:
 
 def submit(worker: Worker, name: str, prompt: tuple[int, ...], output_tokens: int) -> None:
     sampling = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True, min_tokens=output_tokens)
-    worker.handle(Submitted(1, Submit(Request(name, prompt, sampling), Leg.LOCAL)), 0.0)
+    worker.handle(Submitted(1, Submit(Request(name, prompt, sampling), LegKind.LOCAL)), 0.0)
 
 
 def mixed_requests(rng: random.Random, vocab: int) -> Iterator[tuple[tuple[int, ...], int]]:
@@ -102,8 +101,8 @@ def mixed_requests(rng: random.Random, vocab: int) -> Iterator[tuple[tuple[int, 
 def filled_slots(worker: Worker, block_size: int) -> int:
     """Slots with a token's KV in all blocks that sequences hold, each block counted once."""
     filled: dict[int, int] = {}
-    for track in worker.tracks.of_request(1, None):
-        for seq in (*track.live.values(), *([track.prompt] if track.prompt else [])):
+    for leg in worker.legs.of_request(1, None):
+        for seq in (*leg.live.values(), *([leg.prompt] if leg.prompt else [])):
             for index, block_id in enumerate(seq.block_table):
                 used = min(block_size, max(0, seq.num_computed - index * block_size))
                 filled[block_id] = max(filled.get(block_id, 0), used)
@@ -118,7 +117,7 @@ def measure_waste(engine: CountingEngine, limits: BatchConfig, steps: int) -> Wa
     tokens: list[float] = []
     serial = 0
     while len(wastes) < steps:
-        while len(worker.tracks) < SEQUENCES:
+        while len(worker.legs) < SEQUENCES:
             submit(worker, f"r{serial}", *next(requests))
             serial += 1
         worker.step(0.0)
@@ -126,7 +125,7 @@ def measure_waste(engine: CountingEngine, limits: BatchConfig, steps: int) -> Wa
         filled, held = filled_slots(worker, block_size), engine.kv.counts().held * block_size
         if len(worker.decode.running) > SEQUENCES // 2:  # past the start, when prompts are still being computed
             wastes.append(1 - filled / held)
-            tokens.append(filled / len(worker.tracks))
+            tokens.append(filled / len(worker.legs))
     mean_tokens = sum(tokens) / len(tokens)
     drain(worker)
     engine.kv.check()

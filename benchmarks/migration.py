@@ -38,7 +38,7 @@ TOKENS_BETWEEN = 40
 
 
 @dataclass(frozen=True, slots=True)
-class MoveFigures:
+class MigrationFigures:
     """Milliseconds. `whole_ms`: from the order to its end. `handover_ms`: between the source's last token and the
     target's first; `longest_ms`: the longest gap from 1 token before the order to 5 after the end, the copy included.
     Either minus the mean step is a pause."""
@@ -98,7 +98,9 @@ def make_request(name: str, context: int, max_tokens: int) -> Request:
     return Request(name, prompt, SamplingParams(max_tokens=max_tokens, seed=3, temperature=0.8, ignore_eos=True))
 
 
-async def moved_stream(cluster: LocalCluster, request: Request, moves: int) -> tuple[TimedStream, list[MoveFigures]]:
+async def moved_stream(
+    cluster: LocalCluster, request: Request, moves: int
+) -> tuple[TimedStream, list[MigrationFigures]]:
     stream = TimedStream(cluster, request)
     await stream.has(WARM_TOKENS)
     spans: list[tuple[int, int, float]] = []
@@ -107,8 +109,8 @@ async def moved_stream(cluster: LocalCluster, request: Request, moves: int) -> t
         (target,) = set(DECODERS) - {source}
         before, started = len(stream.tokens), time.perf_counter()
         refusal = await cluster.client.migrate(request.request_id, 0, target)
-        if refusal:
-            raise RuntimeError(f"not moved: {refusal}")
+        if refusal is not None:
+            raise RuntimeError(f"not migrated: {refusal}")
         spans.append((before, len(stream.tokens), time.perf_counter() - started))
         await stream.has(len(stream.tokens) + TOKENS_BETWEEN)
     await stream.task
@@ -116,7 +118,9 @@ async def moved_stream(cluster: LocalCluster, request: Request, moves: int) -> t
     for before, after, whole_s in spans:
         gap_s = max(stream.gaps(max(0, before - 1), min(after + 5, len(stream.tokens) - 1)))
         context = len(request.prompt) + after
-        figures.append(MoveFigures(context, whole_s * 1e3, stream.handover_s(before, after + 5) * 1e3, gap_s * 1e3))
+        figures.append(
+            MigrationFigures(context, whole_s * 1e3, stream.handover_s(before, after + 5) * 1e3, gap_s * 1e3)
+        )
     return stream, figures
 
 
@@ -128,11 +132,11 @@ async def round_trip_s(cluster: LocalCluster) -> float:
 
 
 async def measure(args: argparse.Namespace, folder: Path) -> dict[str, object]:
-    max_tokens = WARM_TOKENS + args.moves * (TOKENS_BETWEEN + 30) + 20
+    max_tokens = WARM_TOKENS + args.migrations * (TOKENS_BETWEEN + 30) + 20
     async with LocalCluster(folder, ROLES) as cluster:
         still = TimedStream(cluster, make_request("still", args.context, max_tokens))
         await still.task
-        stream, figures = await moved_stream(cluster, make_request("moved", args.context, max_tokens), args.moves)
+        stream, figures = await moved_stream(cluster, make_request("moved", args.context, max_tokens), args.migrations)
         round_trip = await round_trip_s(cluster)
         await cluster.assert_clean()
     step_s = statistics.fmean(still.gaps(5, len(still.tokens) - 1))

@@ -27,11 +27,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cpu_models import SHAPES, checkpoint, prompt
 
-from kvbaton.cluster.host.commands import Submitted
 from kvbaton.cluster.host.worker import Worker
-from kvbaton.cluster.session.types import Leg, Submit
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
 from kvbaton.engine.engine import Engine, configure_threads
+from kvbaton.engine.orders import LegKind, Submit, Submitted
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.kvtransfer.bench import BenchProcess
 from kvbaton.kvtransfer.bench_peer import DecodeSide, HostBlocks
@@ -93,7 +92,7 @@ def decode(options: argparse.Namespace) -> None:
     for i in range(SEQUENCES + 1):  # the first alone: what is built or touched once
         sampling = SamplingParams(max_tokens=1 if i == 0 else 3000, temperature=0.0, ignore_eos=True)
         request = Request(f"r{i}", tuple(prompt(i, PROMPT_TOKENS, engine.vocab_size)), sampling, (0,))
-        worker.handle(Submitted(1, Submit(request, Leg.LOCAL, None)), 0.0)
+        worker.handle(Submitted(1, Submit(request, LegKind.LOCAL, None)), 0.0)
         if i == 0:
             _step_s(worker)
     prefill_s = _step_s(worker)

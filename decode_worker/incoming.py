@@ -29,7 +29,7 @@ from kvbaton.kvtransfer.commands import HandoffCommands
 from kvbaton.kvtransfer.messages import HandoffKey, Landing, Offered
 
 EARLY_GRACE_S = 10.0
-MOVE_GRACE_S = 30.0
+MIGRATION_GRACE_S = 30.0
 MAX_ENDED = 4096
 
 
@@ -102,7 +102,7 @@ class Landings:
         if item.state is LandingState.EARLY:
             self._match_up(item)
 
-    def expect_move(self, request: Request, blocks: list[int], now: float) -> None:
+    def expect_migration(self, request: Request, blocks: list[int], now: float) -> None:
         """The rest of a sequence that decodes elsewhere will come; the hold on its first `blocks` passes to here."""
         item = self._expect(Sequence(request, now), now, patient=False)
         item.moving = True
@@ -141,7 +141,7 @@ class Landings:
         for item in list(self._open.values()):
             if item.state is LandingState.EARLY and now - item.since_s > EARLY_GRACE_S:
                 self.cancel(item.key, "decode: no ingress submitted this request")
-            if item.state is LandingState.EXPECTED and not item.patient and now - item.since_s > MOVE_GRACE_S:
+            if item.state is LandingState.EXPECTED and not item.patient and now - item.since_s > MIGRATION_GRACE_S:
                 late.append(item.key)
         return late
 

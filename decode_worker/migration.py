@@ -17,11 +17,11 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from kvbaton.cluster.session.types import Move
 from kvbaton.decode_worker.scheduler import DecodeScheduler
 from kvbaton.engine.kv.kv_manager import KVManager
-from kvbaton.engine.legs import Track
-from kvbaton.engine.moved_tokens import encode_moved_tokens
+from kvbaton.engine.legs import Leg
+from kvbaton.engine.moved_tokens import encode_newest_tokens
+from kvbaton.engine.orders import Migrate
 from kvbaton.engine.outgoing import OutgoingHandoffs, handoff_key
 from kvbaton.engine.request import Request
 from kvbaton.engine.sequence import IllegalTransition, Sequence, Status
@@ -42,13 +42,13 @@ def copy_key(key: HandoffKey) -> HandoffKey:
 
 
 def copy_request(request: Request, num_tokens: int) -> Request:
-    """What the target of a move expects first: the first `num_tokens` of the context."""
+    """What the target of a migration expects first: the first `num_tokens` of the context."""
     return replace(
         request, request_id=request.request_id + COPY_SUFFIX, prompt=request.context[:num_tokens], emitted=()
     )
 
 
-class MoveState(enum.Enum):
+class MigrationState(enum.Enum):
     COPYING = "copying"
     APPROACHING = "approaching"
     PAUSED = "paused"
@@ -56,21 +56,21 @@ class MoveState(enum.Enum):
 
 
 _LEGAL = {
-    MoveState.COPYING: frozenset({MoveState.APPROACHING, MoveState.OVER}),
-    MoveState.APPROACHING: frozenset({MoveState.PAUSED, MoveState.OVER}),
-    MoveState.PAUSED: frozenset({MoveState.OVER}),
-    MoveState.OVER: frozenset[MoveState](),
+    MigrationState.COPYING: frozenset({MigrationState.APPROACHING, MigrationState.OVER}),
+    MigrationState.APPROACHING: frozenset({MigrationState.PAUSED, MigrationState.OVER}),
+    MigrationState.PAUSED: frozenset({MigrationState.OVER}),
+    MigrationState.OVER: frozenset[MigrationState](),
 }
 
 
 @dataclass(slots=True, eq=False)
-class OutgoingMove:
+class Migration:
     """`rest` carries the second hand-off, which has room for `num_blocks`, once it is offered."""
 
-    track: Track
+    leg: Leg
     seq: Sequence
-    order: Move
-    state: MoveState = MoveState.COPYING
+    order: Migrate
+    state: MigrationState = MigrationState.COPYING
     rest: Sequence | None = None
     num_blocks: int = 0
     granted: bool = False
@@ -80,28 +80,28 @@ class OutgoingMove:
     def key(self) -> HandoffKey:
         return HandoffKey(self.order.new_id, self.order.new_epoch)
 
-    def to(self, state: MoveState) -> None:
+    def to(self, state: MigrationState) -> None:
         if state not in _LEGAL[self.state]:
-            raise IllegalTransition(f"move of {self.order.request_id}: {self.state.value} -> {state.value}")
+            raise IllegalTransition(f"migration of {self.order.request_id}: {self.state.value} -> {state.value}")
         self.state = state
 
 
-class Moves:
-    """Every sequence that is leaving this engine. `ended` is told of each move that its sequence survived."""
+class Migrations:
+    """Every sequence that is leaving this engine. `ended` is told of each migration that its sequence survived."""
 
     def __init__(
         self,
         kv: KVManager,
         decode: DecodeScheduler,
         outgoing: OutgoingHandoffs,
-        ended: Callable[[OutgoingMove, bool, str], None],
+        ended: Callable[[Migration, bool, str], None],
     ) -> None:
         self._kv = kv
         self._decode = decode
         self._outgoing = outgoing
         self._ended = ended
-        self._by_key: dict[HandoffKey, OutgoingMove] = {}  # by the keys of both hand-offs
-        self._by_seq: dict[int, OutgoingMove] = {}
+        self._by_key: dict[HandoffKey, Migration] = {}  # by the keys of both hand-offs
+        self._by_seq: dict[int, Migration] = {}
 
     def __len__(self) -> int:
         return len(self._by_seq)
@@ -109,136 +109,138 @@ class Moves:
     def __contains__(self, seq: Sequence) -> bool:
         return id(seq) in self._by_seq
 
-    def state(self, seq: Sequence) -> MoveState | None:
-        move = self._by_seq.get(id(seq))
-        return None if move is None else move.state
+    def state(self, seq: Sequence) -> MigrationState | None:
+        migration = self._by_seq.get(id(seq))
+        return None if migration is None else migration.state
 
-    def start(self, track: Track, seq: Sequence, order: Move) -> str:
+    def start(self, leg: Leg, seq: Sequence, order: Migrate) -> str:
         """Begin; returns why that is impossible, or an empty string."""
         key = HandoffKey(order.new_id, order.new_epoch)
         if seq.status is not Status.RUNNING or seq in self:
-            return f"the sequence is {seq.status.value}" if seq not in self else "it is being moved already"
+            return f"the sequence is {seq.status.value}" if seq not in self else "it is being migrated already"
         if order.to is None or key in self._outgoing or copy_key(key) in self._outgoing:
             return "a hand-off of that name is open"
         count = copied_blocks(order.context_tokens, self._kv.block_size)
         if not len(seq.request.prompt) <= order.context_tokens <= len(seq.tokens):
             return f"{order.context_tokens} tokens are said to be there, the sequence has {len(seq.tokens)}"
-        move = OutgoingMove(track, seq, order)
-        self._by_seq[id(seq)] = self._by_key[key] = self._by_key[copy_key(key)] = move
+        migration = Migration(leg, seq, order)
+        self._by_seq[id(seq)] = self._by_key[key] = self._by_key[copy_key(key)] = migration
         if count:
-            carrier = self._carrier(move, copy_key(key), seq.block_table[:count])
+            carrier = self._carrier(migration, copy_key(key), seq.block_table[:count])
             self._outgoing.start_carrier(carrier, order.to, count)
             self._outgoing.complete(carrier, b"")
         else:
-            move.to(MoveState.APPROACHING)
+            migration.to(MigrationState.APPROACHING)
         return ""
 
     def advance(self, now: float) -> None:
         """Before each step: offer what is left, and stop sequences that have filled what they offered."""
-        for move in list(self._by_seq.values()):
-            if move.state is MoveState.PAUSED and now - move.paused_at_s > PAUSE_LIMIT_S:
-                self.stop(move.seq, f"paused for {PAUSE_LIMIT_S:g} s")
-            elif move.state is MoveState.APPROACHING and move.rest is None:
-                self._offer_rest(move)
-            if move.state is MoveState.APPROACHING and self._filled(move):
-                self._pause(move, now)
+        for migration in list(self._by_seq.values()):
+            if migration.state is MigrationState.PAUSED and now - migration.paused_at_s > PAUSE_LIMIT_S:
+                self.stop(migration.seq, f"paused for {PAUSE_LIMIT_S:g} s")
+            elif migration.state is MigrationState.APPROACHING and migration.rest is None:
+                self._offer_rest(migration)
+            if migration.state is MigrationState.APPROACHING and self._filled(migration):
+                self._pause(migration, now)
 
     def granted(self, key: HandoffKey, now: float) -> None:
         """The target has room: from here to its first token nothing is computed."""
-        move = self._by_key.get(key)
-        if move is None or key != move.key or move.rest is None:
+        migration = self._by_key.get(key)
+        if migration is None or key != migration.key or migration.rest is None:
             return
-        move.granted = True
-        if move.state is MoveState.APPROACHING:
-            self._pause(move, now)
-        elif move.state is MoveState.PAUSED:
-            self._complete(move)
+        migration.granted = True
+        if migration.state is MigrationState.APPROACHING:
+            self._pause(migration, now)
+        elif migration.state is MigrationState.PAUSED:
+            self._complete(migration)
 
     def failed(self, key: HandoffKey, reason: str) -> None:
         """The agent gave one of the hand-offs up."""
-        move = self._by_key.get(key)
-        if move is not None:
-            self._over(move)
-            self._go_on(move, reason)
+        migration = self._by_key.get(key)
+        if migration is not None:
+            self._over(migration)
+            self._go_on(migration, reason)
 
     def released(self, key: HandoffKey, acked: bool) -> None:
         """One of the hand-offs is over, and the outgoing side has given its blocks back."""
-        move = self._by_key.get(key)
-        if move is None or not acked:
+        migration = self._by_key.get(key)
+        if migration is None or not acked:
             return
-        if key != move.key:
-            if move.state is MoveState.COPYING:
-                move.to(MoveState.APPROACHING)
-        elif move.state is MoveState.PAUSED:
-            self._over(move)
-            self._ended(move, True, "")
+        if key != migration.key:
+            if migration.state is MigrationState.COPYING:
+                migration.to(MigrationState.APPROACHING)
+        elif migration.state is MigrationState.PAUSED:
+            self._over(migration)
+            self._ended(migration, True, "")
 
     def stop(self, seq: Sequence, reason: str) -> None:
-        """Call a move off; its sequence decodes on unless it is not running (preempted)."""
-        move = self._by_seq.get(id(seq))
-        if move is not None:
-            self._cancel(move, reason)
-            self._go_on(move, reason)
+        """Call a migration off; its sequence decodes on unless it is not running (preempted)."""
+        migration = self._by_seq.get(id(seq))
+        if migration is not None:
+            self._cancel(migration, reason)
+            self._go_on(migration, reason)
 
     def stop_named(self, key: HandoffKey, reason: str) -> None:
         """`stop` by the name of the target's leg."""
-        move = self._by_key.get(key)
-        if move is not None:
-            self.stop(move.seq, reason)
+        migration = self._by_key.get(key)
+        if migration is not None:
+            self.stop(migration.seq, reason)
 
     def forget(self, seq: Sequence, reason: str) -> None:
-        """The sequence ends: so does its move, silently. The caller gives the sequence's blocks back."""
-        move = self._by_seq.get(id(seq))
-        if move is not None:
-            self._cancel(move, reason)
+        """The sequence ends: so does its migration, silently. The caller gives the sequence's blocks back."""
+        migration = self._by_seq.get(id(seq))
+        if migration is not None:
+            self._cancel(migration, reason)
 
-    def _offer_rest(self, move: OutgoingMove) -> None:
+    def _offer_rest(self, migration: Migration) -> None:
         """All blocks up to the one that is being filled. Where the last one is full the next is not there yet: a step
         later it is."""
-        size, seq = self._kv.block_size, move.seq
-        if move.order.to is None or (seq.num_computed % size == 0 and size > 1):
+        size, seq = self._kv.block_size, migration.seq
+        if migration.order.to is None or (seq.num_computed % size == 0 and size > 1):
             return
         full = seq.num_computed // size
-        move.num_blocks = -(-seq.num_computed // size)
-        move.rest = self._carrier(move, move.key, seq.block_table[:full])
-        self._outgoing.start_carrier(move.rest, move.order.to, move.num_blocks)
+        migration.num_blocks = -(-seq.num_computed // size)
+        migration.rest = self._carrier(migration, migration.key, seq.block_table[:full])
+        self._outgoing.start_carrier(migration.rest, migration.order.to, migration.num_blocks)
 
-    def _filled(self, move: OutgoingMove) -> bool:
-        return move.rest is not None and move.seq.num_computed >= move.num_blocks * self._kv.block_size
+    def _filled(self, migration: Migration) -> bool:
+        return migration.rest is not None and migration.seq.num_computed >= migration.num_blocks * self._kv.block_size
 
-    def _pause(self, move: OutgoingMove, now: float) -> None:
-        move.to(MoveState.PAUSED)
-        move.paused_at_s = now
-        self._decode.remove(move.seq)
-        move.seq.to(Status.MIGRATING)
-        if move.granted:
-            self._complete(move)
+    def _pause(self, migration: Migration, now: float) -> None:
+        migration.to(MigrationState.PAUSED)
+        migration.paused_at_s = now
+        self._decode.remove(migration.seq)
+        migration.seq.to(Status.MIGRATING)
+        if migration.granted:
+            self._complete(migration)
 
-    def _complete(self, move: OutgoingMove) -> None:
-        assert move.rest is not None
-        tail = move.seq.block_table[len(move.rest.block_table) : move.num_blocks]
+    def _complete(self, migration: Migration) -> None:
+        assert migration.rest is not None
+        tail = migration.seq.block_table[len(migration.rest.block_table) : migration.num_blocks]
         self._kv.fork(tail)
-        self._outgoing.extend(move.rest, tail)
-        self._outgoing.complete(move.rest, encode_moved_tokens(move.seq.tokens[move.order.context_tokens :]))
+        self._outgoing.extend(migration.rest, tail)
+        self._outgoing.complete(
+            migration.rest, encode_newest_tokens(migration.seq.tokens[migration.order.context_tokens :])
+        )
 
-    def _carrier(self, move: OutgoingMove, key: HandoffKey, block_ids: list[int]) -> Sequence:
+    def _carrier(self, migration: Migration, key: HandoffKey, block_ids: list[int]) -> Sequence:
         self._kv.fork(block_ids)
-        carrier = Sequence(replace(move.seq.request, request_id=key.request_id, epoch=key.epoch), 0.0)
+        carrier = Sequence(replace(migration.seq.request, request_id=key.request_id, epoch=key.epoch), 0.0)
         carrier.block_table = list(block_ids)
         assert handoff_key(carrier) == key
         return carrier
 
-    def _cancel(self, move: OutgoingMove, reason: str) -> None:
-        self._over(move)
-        self._outgoing.cancel(copy_key(move.key), reason)
-        self._outgoing.cancel(move.key, reason)
+    def _cancel(self, migration: Migration, reason: str) -> None:
+        self._over(migration)
+        self._outgoing.cancel(copy_key(migration.key), reason)
+        self._outgoing.cancel(migration.key, reason)
 
-    def _over(self, move: OutgoingMove) -> None:
-        move.to(MoveState.OVER)
-        del self._by_seq[id(move.seq)]
-        del self._by_key[move.key], self._by_key[copy_key(move.key)]
+    def _over(self, migration: Migration) -> None:
+        migration.to(MigrationState.OVER)
+        del self._by_seq[id(migration.seq)]
+        del self._by_key[migration.key], self._by_key[copy_key(migration.key)]
 
-    def _go_on(self, move: OutgoingMove, reason: str) -> None:
-        if move.seq.status is Status.MIGRATING:
-            self._decode.add(move.seq)
-        self._ended(move, False, reason)
+    def _go_on(self, migration: Migration, reason: str) -> None:
+        if migration.seq.status is Status.MIGRATING:
+            self._decode.add(migration.seq)
+        self._ended(migration, False, reason)

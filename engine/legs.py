@@ -7,14 +7,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from kvbaton.cluster.session.types import Leg, Submit
+from kvbaton.engine.orders import LegKind, Submit
 from kvbaton.engine.request import Request, TokenLogprobs
 from kvbaton.engine.sequence import Sequence
 from kvbaton.kvtransfer.messages import HandoffKey
 
 
 @dataclass(slots=True)
-class Track:
+class Leg:
     """`prompt` is the sequence that computes the prompt, until its first tokens are drawn; `live` are the samples that
     decode here afterwards."""
 
@@ -31,22 +31,22 @@ class Track:
         return self.submit.request
 
     @property
-    def leg(self) -> Leg:
-        return self.submit.leg
+    def kind(self) -> LegKind:
+        return self.submit.kind
 
     @property
     def key(self) -> HandoffKey:
         return HandoffKey(self.request.request_id, self.request.epoch)
 
 
-class Tracks:
-    """Tracks by hand-off key, and by session for the day an ingress is lost."""
+class Legs:
+    """Legs by hand-off key, and by session for the day an ingress is lost."""
 
     def __init__(self) -> None:
-        self._by_key: dict[HandoffKey, Track] = {}
+        self._by_key: dict[HandoffKey, Leg] = {}
         self._deadlines: list[tuple[float, str, int]] = []  # a heap; may name requests that are gone
 
-    def __iter__(self) -> Iterator[Track]:
+    def __iter__(self) -> Iterator[Leg]:
         return iter(self._by_key.values())
 
     def __len__(self) -> int:
@@ -55,41 +55,41 @@ class Tracks:
     def __contains__(self, key: HandoffKey) -> bool:
         return key in self._by_key
 
-    def add(self, track: Track) -> None:
-        self._by_key[track.key] = track
-        if track.overdue_at_s < math.inf:
-            heapq.heappush(self._deadlines, (track.overdue_at_s, track.key.request_id, track.key.epoch))
+    def add(self, leg: Leg) -> None:
+        self._by_key[leg.key] = leg
+        if leg.overdue_at_s < math.inf:
+            heapq.heappush(self._deadlines, (leg.overdue_at_s, leg.key.request_id, leg.key.epoch))
 
-    def overdue(self, now: float) -> list[Track]:
-        """Tracks whose time is up, each once."""
-        late: list[Track] = []
+    def overdue(self, now: float) -> list[Leg]:
+        """Legs whose time is up, each once."""
+        late: list[Leg] = []
         while self._deadlines and self._deadlines[0][0] <= now:
             _, request_id, epoch = heapq.heappop(self._deadlines)
-            track = self.get(HandoffKey(request_id, epoch))
-            if track is not None and track.overdue_at_s <= now:
-                late.append(track)
+            leg = self.get(HandoffKey(request_id, epoch))
+            if leg is not None and leg.overdue_at_s <= now:
+                late.append(leg)
         return late
 
-    def get(self, key: HandoffKey) -> Track | None:
+    def get(self, key: HandoffKey) -> Leg | None:
         return self._by_key.get(key)
 
-    def of(self, seq: Sequence) -> Track | None:
+    def of(self, seq: Sequence) -> Leg | None:
         return self._by_key.get(HandoffKey(seq.request.request_id, seq.request.epoch))
 
-    def remove(self, track: Track) -> None:
-        self._by_key.pop(track.key, None)
+    def remove(self, leg: Leg) -> None:
+        self._by_key.pop(leg.key, None)
 
-    def named(self, request_id: str | None) -> list[Track]:
-        """All tracks of a request id, whoever submitted it; all there are for None."""
+    def named(self, request_id: str | None) -> list[Leg]:
+        """All legs of a request id, whoever submitted it; all there are for None."""
         return [t for t in self if request_id is None or t.request.request_id == request_id]
 
-    def of_request(self, session_id: int, request_id: str | None) -> list[Track]:
+    def of_request(self, session_id: int, request_id: str | None) -> list[Leg]:
         """All epochs of a request that one session submitted here (normally one); all of its requests for None."""
         return [t for t in self.named(request_id) if t.session_id == session_id]
 
     def block_tables(self) -> Iterator[list[int]]:
         """Of every sequence, for an audit."""
-        for track in self:
-            yield from (seq.block_table for seq in track.live.values())
-            if track.prompt is not None:
-                yield track.prompt.block_table
+        for leg in self:
+            yield from (seq.block_table for seq in leg.live.values())
+            if leg.prompt is not None:
+                yield leg.prompt.block_table

@@ -6,13 +6,13 @@ from array import array
 from collections.abc import Sequence
 
 
-def encode_moved_tokens(tokens: Sequence[int]) -> bytes:
+def encode_newest_tokens(tokens: Sequence[int]) -> bytes:
     """64-bit integers, as `encode_first_tokens` writes them."""
     return array("q", tokens).tobytes()
 
 
-def decode_moved_tokens(payload: bytes, vocab_size: int) -> list[int]:
-    """Inverse of `encode_moved_tokens`; raises `ValueError` for a payload that it cannot have made."""
+def decode_newest_tokens(payload: bytes, vocab_size: int) -> list[int]:
+    """Inverse of `encode_newest_tokens`; raises `ValueError` for a payload that it cannot have made."""
     if not payload or len(payload) % 8:
         raise ValueError(f"moved tokens: {len(payload)} bytes is no positive multiple of 8")
     tokens = array("q")

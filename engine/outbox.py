@@ -1,12 +1,12 @@
-"""What a step has to say to the ingresses: tokens, ends, and how moves ended; collected by session until it is sent."""
+"""What a step has to say to the ingresses: tokens, ends, how migrations ended; kept by session until it is sent."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvbaton.cluster.session.types import Notice, refused_outputs
 from kvbaton.engine.batch import SampledToken
-from kvbaton.engine.legs import Track
+from kvbaton.engine.legs import Leg
+from kvbaton.engine.orders import Notice
 from kvbaton.engine.request import FinishReason, TokenOutput
 from kvbaton.engine.sequence import Sequence
 
@@ -18,9 +18,9 @@ class Outbox:
     tokens: dict[int, list[TokenOutput]] = field(default_factory=dict)
     notices: list[tuple[int, Notice]] = field(default_factory=list)
 
-    def token(self, track: Track, seq: Sequence, drawn: SampledToken, finish: FinishReason | None) -> None:
+    def token(self, leg: Leg, seq: Sequence, drawn: SampledToken, finish: FinishReason | None) -> None:
         """The newest token of `seq`."""
-        request = track.request
+        request = leg.request
         index = seq.num_outputs - 1
         first = index == len(request.emitted)
         output = TokenOutput(
@@ -32,13 +32,13 @@ class Outbox:
             drawn.logprobs,
             finish,
             seq.cached_tokens if first else None,
-            tuple(track.prompt_logprobs) if first and track.prompt_logprobs else None,
+            tuple(leg.prompt_logprobs) if first and leg.prompt_logprobs else None,
         )
-        self.tokens.setdefault(track.session_id, []).append(output)
+        self.tokens.setdefault(leg.session_id, []).append(output)
 
-    def refuse(self, track: Track, error: str) -> None:
+    def refuse(self, leg: Leg, error: str) -> None:
         """Every sample of a request ends without a token."""
-        self.tokens.setdefault(track.session_id, []).extend(refused_outputs(track.submit, error))
+        self.tokens.setdefault(leg.session_id, []).extend(leg.submit.refused(error))
 
     def notice(self, session_id: int, notice: Notice) -> None:
         self.notices.append((session_id, notice))

@@ -16,8 +16,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from kvbaton.cluster.host.commands import StepEngine
 from kvbaton.decode_worker.scheduler import DecodeScheduler
 from kvbaton.engine.batch import Pending, SampledToken, ScheduledRow
 from kvbaton.engine.kv.kv_manager import KVManager
@@ -56,6 +56,22 @@ class _Flight:
 
     def __contains__(self, seq: Sequence) -> bool:
         return any(row.seq is seq for row in self.rows)
+
+
+class StepEngine(Protocol):
+    """What a step needs of an engine: its blocks, and a forward pass over scheduled rows. `pipelined`: a step may be
+    launched before the last one was waited for."""
+
+    kv: KVManager
+    max_model_len: int
+    pipelined: bool
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def launch(self, rows: list[ScheduledRow]) -> Pending: ...
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None: ...
 
 
 class StepPipeline:

@@ -6,11 +6,11 @@ queued ──blocks, and room among finished prompts──> being computed ─�
 
 from __future__ import annotations
 
-from kvbaton.cluster.session.types import Leg
 from kvbaton.engine.batch import ScheduledRow
 from kvbaton.engine.config import BatchConfig
 from kvbaton.engine.kv.kv_manager import KVManager
-from kvbaton.engine.legs import Track, Tracks
+from kvbaton.engine.legs import Leg, Legs
+from kvbaton.engine.orders import LegKind
 from kvbaton.engine.outgoing import OutgoingHandoffs
 from kvbaton.engine.sequence import Sequence, Status
 from kvbaton.engine.step_pipeline import StepPipeline
@@ -25,21 +25,21 @@ class WorkerPrompts:
         self,
         kv: KVManager,
         limits: BatchConfig,
-        tracks: Tracks,
+        legs: Legs,
         outgoing: OutgoingHandoffs,
         pipeline: StepPipeline,
     ) -> None:
         self._limits = limits
-        self._tracks = tracks
+        self._legs = legs
         self._outgoing = outgoing
         self._pipeline = pipeline
         self._holds = HoldLimit(outgoing, kv.num_blocks, limits)
         self.scheduler = PrefillScheduler(kv, limits, self._starts, self._may_start)
 
-    def add(self, track: Track, now: float) -> None:
+    def add(self, leg: Leg, now: float) -> None:
         """A LOCAL or PREFILL leg was submitted."""
-        track.prompt = Sequence(track.request, now)
-        self.scheduler.add(track.prompt)
+        leg.prompt = Sequence(leg.request, now)
+        self.scheduler.add(leg.prompt)
 
     def rows(self, decode_rows: int, now: float) -> list[ScheduledRow]:
         """Chunks for what `decode_rows` leave of a step's token budget."""
@@ -51,23 +51,23 @@ class WorkerPrompts:
         self._holds.begin_step()
         return self.scheduler.schedule(budget, now)
 
-    def drop(self, track: Track) -> None:
+    def drop(self, leg: Leg) -> None:
         """A prompt that waits or is being computed; blocks that a hand-off may be reading stay with the hand-off."""
-        seq = track.prompt
+        seq = leg.prompt
         if seq is None:
             return
         self.scheduler.remove(seq)
         seq.to(Status.FINISHED)
-        track.prompt = None
-        if track.key not in self._outgoing:
+        leg.prompt = None
+        if leg.key not in self._outgoing:
             self._pipeline.give_back(seq)
 
     def _may_start(self, seq: Sequence, num_blocks: int) -> bool:
-        track = self._tracks.of(seq)
-        return track is None or track.leg is not Leg.PREFILL or self._holds.admits(num_blocks)
+        leg = self._legs.of(seq)
+        return leg is None or leg.kind is not LegKind.PREFILL or self._holds.admits(num_blocks)
 
     def _starts(self, seq: Sequence) -> None:
-        track = self._tracks.of(seq)
-        if track is not None and track.leg is Leg.PREFILL and track.submit.peer is not None:
+        leg = self._legs.of(seq)
+        if leg is not None and leg.kind is LegKind.PREFILL and leg.submit.peer is not None:
             self._holds.took(len(seq.block_table))
-            self._outgoing.start(seq, track.submit.peer)
+            self._outgoing.start(seq, leg.submit.peer)

@@ -143,7 +143,7 @@ class Router:
         self.index.placed(prefill_info.engine_id, hashes.of(prefill_info.block_size), now)
         return booking
 
-    def place_move(self, tokens: int, source: str) -> EngineInfo | None:
+    def place_migration(self, tokens: int, source: str) -> EngineInfo | None:
         """The best engine to go on with a sequence of `tokens` that decodes at `source`; None if there is no other."""
         views = [v for v in self._views.values() if v.info.engine_id != source and _can_serve(v.info, tokens)]
         fitting = [v for v in views if v.available_blocks * v.info.block_size >= tokens] or views
@@ -151,7 +151,7 @@ class Router:
         best = min(decoders, key=lambda v: (v.decoding, v.own_context_tokens), default=None)
         return None if best is None else best.info
 
-    def book_move(self, request: Request, to: EngineInfo) -> Booking:
+    def book_migration(self, request: Request, to: EngineInfo) -> Booking:
         """Note that one sample moves to `to` with its KV: nothing is computed again."""
         tokens, view = len(request.context), self._view_of(to)
         booking = Booking(Local(to, tokens), [], view, view, 0, tokens, 1, 0, self._clock(), prefilling=False)

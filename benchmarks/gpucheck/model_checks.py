@@ -11,9 +11,7 @@ import torch
 from gpucheck.checks import EXACT, Bench, Check, Outcome, distance
 from gpucheck.floors import models
 
-from kvbaton.cluster.host.commands import Submitted
 from kvbaton.cluster.host.worker import Worker
-from kvbaton.cluster.session.types import Leg, Submit
 from kvbaton.engine.batch import ScheduledRow
 from kvbaton.engine.chunk_size import chunk_sizes
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
@@ -24,6 +22,7 @@ from kvbaton.engine.model.decoder import Decoder
 from kvbaton.engine.model.model_config import ModelConfig, MoeConfig
 from kvbaton.engine.model.model_loader import LoadedModel, random_model, resolve_dtype
 from kvbaton.engine.model.weights import empty_weights, slots
+from kvbaton.engine.orders import LegKind, Submit, Submitted
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.engine.sampling.device_sampler import DeviceSampler
 from kvbaton.engine.sampling.sampler import Draw, sample_tokens
@@ -110,7 +109,7 @@ def _served(device: torch.device, pipelined: str) -> dict[tuple[str, int], int |
         for kind in ({"temperature": 0.0}, {"seed": i, "top_p": 0.9}):
             sampling = SamplingParams(max_tokens=16 + i, stop_token_ids=tuple(range(0, 512, 37)), **kind)
             name = f"{i}-{len(kind)}"
-            worker.handle(Submitted(1, Submit(Request(name, prompt, sampling), Leg.LOCAL)), 0.0)
+            worker.handle(Submitted(1, Submit(Request(name, prompt, sampling), LegKind.LOCAL)), 0.0)
         worker.step(0.0)
     while worker.step(0.0):
         pass

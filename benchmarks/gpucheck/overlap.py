@@ -14,14 +14,13 @@ from gpucheck.results import OverlapResult, Skipped
 from gpucheck.rig import Rig
 from gpucheck.timing import WARM_UP, Clock
 
-from kvbaton.cluster.host.commands import Abort
 from kvbaton.cluster.host.worker import Worker
-from kvbaton.cluster.session.types import Leg, Submit
 from kvbaton.engine.batch import Pending, ScheduledRow
 from kvbaton.engine.config import BatchConfig
 from kvbaton.engine.cuda_graphs import Bucket
 from kvbaton.engine.kv.kv_manager import KVManager
-from kvbaton.engine.legs import Track
+from kvbaton.engine.legs import Leg
+from kvbaton.engine.orders import Abort, LegKind, Submit
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.engine.sampling.device_sampler import DeviceSampler
 from kvbaton.engine.sampling.sampler import Draw
@@ -99,9 +98,9 @@ def _admit(worker: Worker, rig: Rig, name: str, context: int, salt: int) -> None
     seq = Sequence(request, 0.0)
     seq.num_computed = context
     seq.block_table = worker.kv.allocate(-(-(context + 1) // rig.block_size))
-    track = Track(SESSION, Submit(request, Leg.LOCAL))
-    track.live[0] = seq
-    worker.tracks.add(track)
+    leg = Leg(SESSION, Submit(request, LegKind.LOCAL))
+    leg.live[0] = seq
+    worker.legs.add(leg)
     worker.decode.add(seq)
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from protocol import serve
 
 import kvbaton
-from kvbaton.cluster.host.commands import Submitted
 from kvbaton.cluster.host.worker import Worker
-from kvbaton.cluster.session.types import Leg, Submit
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
 from kvbaton.engine.engine import Engine, configure_threads
+from kvbaton.engine.orders import LegKind, Submit, Submitted
 from kvbaton.engine.request import Request, SamplingParams
 
 
@@ -36,7 +35,7 @@ def load(args):
         sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
         for prompt in prompts:
             request = Request(f"r{next(numbers)}", tuple(prompt), sampling, (0,))
-            worker.handle(Submitted(1, Submit(request, Leg.LOCAL, None)), 0.0)
+            worker.handle(Submitted(1, Submit(request, LegKind.LOCAL, None)), 0.0)
         made, begun = 0, set()
         while worker.step(0.0):
             for outputs in worker.take_outputs().values():

@@ -2,7 +2,7 @@
 
     place ──> submit to both legs at once ──> outputs of both connections, put in order ──> end, or
       ^                                                                                      aclose: abort on both legs
-      ├── an engine drains, or somebody asks: a sample moves to another decode engine (`client_moves`)
+      ├── an engine drains, or somebody asks: a sample moves to another decode engine (`client/migration.py`)
       └── an engine is lost, reports an error, or a token is missing: abort the legs, resume each unfinished sample with
           what it has as `emitted`, on other engines, `max_resumes` times; with no engine at all wait `park_s` for one
 
@@ -20,12 +20,12 @@ from kvbaton.cluster.client.api import Cancelled, Overloaded, ShuttingDown
 from kvbaton.cluster.client.dispatch import Dispatch
 from kvbaton.cluster.client.links import EngineLinks
 from kvbaton.cluster.client.live_request import Attempt, Flight
-from kvbaton.cluster.client.migration import MoveRefused
+from kvbaton.cluster.client.migration import MigrationRefused
 from kvbaton.cluster.client.settings import ClientConfig, ClientCounters
 from kvbaton.cluster.session.client import SessionClient, SessionLost
 from kvbaton.cluster.session.requests import check_sendable
-from kvbaton.cluster.session.types import Moved, Notice
 from kvbaton.cluster.store.registry import Membership
+from kvbaton.engine.orders import Migrated, Notice
 from kvbaton.engine.request import InvalidRequest, Request, TokenOutput
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
 from kvbaton.router.router import Router
@@ -58,7 +58,7 @@ class ClusterClient:
         self._attempts = self._dispatch.by_id
         self._links_changed = asyncio.Event()
         self._draining: set[str] = set()
-        self.moves = self._dispatch.moves
+        self.migrations = self._dispatch.migrations
 
     async def start(self) -> None:
         """Follow the membership list, which the caller starts and closes; connecting goes on in the background."""
@@ -117,14 +117,14 @@ class ClusterClient:
         flight.fail(Cancelled("the request was cancelled"))
         return True
 
-    async def migrate(self, request_id: str, sample: int, to: str) -> str:
-        """Move a sample that decodes to the engine `to`. Returns why it stayed where it was, or an empty string.
-        Raises `MoveRefused` where it cannot begin, `SessionLost`."""
+    async def migrate(self, request_id: str, sample: int, to: str) -> str | None:
+        """Migrate a sample that decodes to the engine `to`. Returns why it stayed where it was, None if it moved.
+        Raises `MigrationRefused` where it cannot begin, `SessionLost`."""
         flight = self._flights.get(request_id)
         view = self.router.view(to)
         if flight is None or sample not in flight.samples or view is None:
-            raise MoveRefused("no such request" if view is not None else f"no engine {to}")
-        return await asyncio.shield(self.moves.start(flight, sample, view.info).done)
+            raise MigrationRefused("no such request" if view is not None else f"no engine {to}")
+        return await asyncio.shield(self.migrations.start(flight, sample, view.info).done)
 
     def finish_sample(self, request_id: str, sample: int) -> None:
         """See `GenerationClient`. Unknown ids and samples that are done are fine."""
@@ -133,7 +133,7 @@ class ClusterClient:
         if flight is None or held is None or held.done:
             return
         held.done = True
-        self.moves.call_off(flight, sample, "the sample is done")
+        self.migrations.call_off(flight, sample, "the sample is done")
         if held.attempt is not None:
             held.attempt.abort((sample,))
             self._dispatch.sample_done(held.attempt, sample)
@@ -167,7 +167,7 @@ class ClusterClient:
         self._tell_links_changed()
 
     def _note_draining(self, info: EngineInfo) -> None:
-        """With its next frames its samples begin to move away."""
+        """With its next frames its samples begin to migrate away."""
         if info.state is EngineState.DRAINING:
             self._draining.add(info.engine_id)
         else:
@@ -193,7 +193,7 @@ class ClusterClient:
                 self.counters.stale_outputs += 1
                 continue
             if attempt.standby:
-                self.moves.output(attempt, session, output)
+                self.migrations.output(attempt, session, output)
                 touched[id(attempt)] = attempt.flight
                 continue
             reason = self._dispatch.take(attempt, session, output)
@@ -204,31 +204,32 @@ class ClusterClient:
         for flight in touched.values():
             flight.wake()
         if session.info.engine_id in self._draining:
-            self.moves.drain(session)
+            self.migrations.drain(session)
 
     def notice(self, session: SessionClient, notice: Notice) -> None:
-        """An engine's word about a move, or its wish for one."""
-        if isinstance(notice, Moved):
-            self.moves.told(session, notice)
+        """An engine's word about a migration, or its wish for one."""
+        if isinstance(notice, Migrated):
+            self.migrations.told(session, notice)
             return
         attempt = self._attempts.get(notice.request_id)
         if attempt is None or attempt.second is not session or attempt.standby:
             return
         for index in sorted(attempt.unfinished):
-            self._move_if_possible(attempt, index, notice.to)
+            self._migrate_if_possible(attempt, index, notice.to)
 
-    def _move_if_possible(self, attempt: Attempt, index: int, to: str) -> None:
+    def _migrate_if_possible(self, attempt: Attempt, index: int, to: str | None) -> None:
         source = attempt.second.info.engine_id
-        view = self.router.view(to)
-        target = view.info if view is not None else None
-        if not to:
-            target = self.router.place_move(len(attempt.request.context), source)
         try:
+            if to is None:
+                target = self.router.place_migration(len(attempt.request.context), source)
+            else:
+                view = self.router.view(to)
+                target = None if view is None else view.info
             if target is None:
-                raise MoveRefused(f"no engine {to}")
-            self.moves.start(attempt.flight, index, target)
-        except (MoveRefused, SessionLost) as error:
-            log.warning("request %s: not moved from %s: %s", attempt.request.request_id, source, error)
+                raise MigrationRefused("no other engine" if to is None else f"no engine {to}")
+            self.migrations.start(attempt.flight, index, target)
+        except (MigrationRefused, SessionLost) as error:
+            log.warning("request %s: not migrated from %s: %s", attempt.request.request_id, source, error)
 
     def lost(self, session: SessionClient, reason: str) -> None:
         """Resume what depended on this engine."""
@@ -237,7 +238,7 @@ class ClusterClient:
         view = self.router.view(engine_id)
         if view is not None and view.info.generation == session.info.generation:
             self.router.unreachable(engine_id)
-        self.moves.lost(session)
+        self.migrations.lost(session)
         for attempt in [attempt for attempt in self._attempts.values() if not attempt.standby]:
             self._dispatch.fail(
                 attempt, attempt.needing(session), f"engine {engine_id}: {reason}", frozenset((engine_id,))

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 
 from kvbaton.cluster.client.api import DeadlineExceeded, EngineLost, NoEngines, Overloaded
 from kvbaton.cluster.client.live_request import Attempt, Flight, TokenGap, resume_request
-from kvbaton.cluster.client.migration import ClientMoves
+from kvbaton.cluster.client.migration import ClientMigrations
 from kvbaton.cluster.client.settings import ClientConfig, ClientCounters
 from kvbaton.cluster.session.client import SessionClient, SessionLost
-from kvbaton.cluster.session.types import Leg, Submit
+from kvbaton.engine.orders import LegKind, Submit
 from kvbaton.engine.request import Request, TokenOutput
 from kvbaton.kvtransfer.messages import PeerAddress
 from kvbaton.router.engine_info import EngineInfo
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Dispatch:
-    """Every attempt of one ingress; a `MoveHost`. `find_session` gives the open connection to an engine."""
+    """Every attempt of one ingress; a `MigrationHost`. `find_session` gives the open connection to an engine."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Dispatch:
         self.router = router
         self.counters = counters
         self.by_id: dict[str, Attempt] = {}  # by the request id that the engines know
-        self.moves = ClientMoves(self)
+        self.migrations = ClientMigrations(self)
         self._find_session = find_session
 
     def begin(self, flight: Flight) -> None:
@@ -62,13 +62,13 @@ class Dispatch:
         if isinstance(placement, Local):
             self.counters.placed_local += 1
             first = second = self.session(placement.engine)
-            legs = [(first, Submit(request, Leg.LOCAL))]
+            legs = [(first, Submit(request, LegKind.LOCAL))]
         else:
             self.counters.placed_pairs += 1
             first, second = self.session(placement.prefill), self.session(placement.decode)
             legs = [
-                (second, Submit(request, Leg.DECODE, _address(placement.prefill))),
-                (first, Submit(request, Leg.PREFILL, _address(placement.decode))),
+                (second, Submit(request, LegKind.DECODE, _address(placement.prefill))),
+                (first, Submit(request, LegKind.PREFILL, _address(placement.decode))),
             ]
         booking = self.router.book(request, placement)
         attempt = Attempt(flight, request, first, second, booking, set(request.sample_indices))
@@ -78,7 +78,7 @@ class Dispatch:
         for session, submit in legs:
             session.submit(submit)
 
-    # -- MoveHost --
+    # -- MigrationHost --
 
     @property
     def attempts(self) -> Iterable[Attempt]:
@@ -93,7 +93,7 @@ class Dispatch:
         if reason is not None:
             self.settle_failures([(attempt, output.sample, reason)], session)
 
-    def move_elsewhere(self, attempt: Attempt, sample: int, reason: str, counted: bool) -> None:
+    def resume_elsewhere(self, attempt: Attempt, sample: int, reason: str, counted: bool) -> None:
         attempt.flight.resumes -= not counted
         self.fail(attempt, {sample}, reason, frozenset((attempt.second.info.engine_id,)))
 
@@ -118,7 +118,7 @@ class Dispatch:
     def sample_done(self, attempt: Attempt, sample: int) -> None:
         """With its last sample an attempt is over; a decode leg that never got to decode is told."""
         attempt.unfinished.discard(sample)
-        self.moves.call_off(attempt.flight, sample, "the sample is done")
+        self.migrations.call_off(attempt.flight, sample, "the sample is done")
         if attempt.unfinished:
             return
         if attempt.paired and not attempt.decoding:
@@ -142,7 +142,7 @@ class Dispatch:
         flight.last_reason = reason
         log.warning("request %s: samples %s to be resumed: %s", attempt.request.request_id, sorted(samples), reason)
         for index in samples:
-            self.moves.call_off(flight, index, reason)
+            self.migrations.call_off(flight, index, reason)
         attempt.abort(None if samples == attempt.unfinished else samples)
         attempt.unfinished -= samples
         for index in samples:
@@ -201,7 +201,7 @@ class Dispatch:
             flight.deadline.cancel()
             flight.deadline = None
         for index in flight.samples:
-            self.moves.call_off(flight, index, "the request is over")
+            self.migrations.call_off(flight, index, "the request is over")
         for attempt in flight.attempts:
             if attempt.unfinished:
                 attempt.abort()

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from kvbaton.cluster.session.client import SessionClient, SessionLost
 from kvbaton.cluster.session.connection import SessionLimits
-from kvbaton.cluster.session.types import Notice
+from kvbaton.engine.orders import Notice
 from kvbaton.engine.request import TokenOutput
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState
 

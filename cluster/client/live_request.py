@@ -72,15 +72,15 @@ class Attempt:
 
 
 @dataclass(slots=True, eq=False)
-class SampleMove:
+class ClientMigration:
     """A sample on its way from `source`'s engine to `target`'s. `done`: why it failed, or an empty string."""
 
     sample: int
     source: Attempt
     target: Attempt
-    done: asyncio.Future[str]
+    done: asyncio.Future[str | None]
     ahead: list[TokenOutput] = field(default_factory=list)  # the target's, which overtook the source's last ones
-    target_lost: str = ""  # why the target will not take it; only the source knows whether it had gone before
+    target_lost: str | None = None  # why the target will not take it; only the source knows whether it had gone before
 
 
 @dataclass(slots=True)
@@ -91,9 +91,9 @@ class Sample:
     done: bool = False
     attempt: Attempt | None = None
     early: list[TokenOutput] = field(default_factory=list)
-    move: SampleMove | None = None
-    move_tries: int = 0
-    retry_move_at: float = 0.0
+    migration: ClientMigration | None = None
+    migration_tries: int = 0
+    retry_migration_at: float = 0.0
 
     def accept(self, output: TokenOutput, ready: list[TokenOutput]) -> None:
         """Put an output in its place; append to `ready` what can be read now. Raises `TokenGap`."""

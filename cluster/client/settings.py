@@ -12,7 +12,7 @@ class ClientConfig:
     """`max_resumes` per request; `park_s` is how long one that had begun waits for an engine when none is left.
 
     `request_timeout_s` bounds requests that do not bring a limit of their own, None: not at all. `max_in_flight`
-    requests at a time; `max_moves` sequences at a time leave one engine that drains.
+    requests at a time; `max_migrations` sequences at a time leave one engine that drains.
     """
 
     max_resumes: int = 3
@@ -20,7 +20,7 @@ class ClientConfig:
     limits: SessionLimits = field(default_factory=SessionLimits)
     request_timeout_s: float | None = None
     max_in_flight: int = 16384
-    max_moves: int = 4
+    max_migrations: int = 4
 
 
 @dataclass(slots=True)
@@ -34,5 +34,5 @@ class ClientCounters:
     lost: int = 0
     stale_outputs: int = 0
     timed_out: int = 0
-    moved: int = 0
-    moves_failed: int = 0
+    migrated: int = 0
+    migrations_failed: int = 0

@@ -15,12 +15,10 @@ import logging
 import time
 from dataclasses import dataclass, field, replace
 
-from kvbaton.cluster.host.commands import Abort, MoveAway, MoveOrder, Submitted
 from kvbaton.cluster.host.inbox import AuditWanted, SnapshotWanted
 from kvbaton.cluster.host.step_loop import StepCounters, StepLoop
 from kvbaton.cluster.host.worker import Worker
 from kvbaton.cluster.session.server import SessionServer
-from kvbaton.cluster.session.types import Move, Notice, Submit
 from kvbaton.cluster.store.prefix_feed import PrefixPublisher
 from kvbaton.cluster.store.registry import Registration
 from kvbaton.cluster.store.store import Store
@@ -28,6 +26,7 @@ from kvbaton.engine.config import EngineConfig
 from kvbaton.engine.engine import Engine, configure_threads
 from kvbaton.engine.kv.block_owners import BlockAudit
 from kvbaton.engine.kv.kv_manager import CacheEvent, CacheSnapshot
+from kvbaton.engine.orders import Abort, Evacuate, Migrate, MigrationOrdered, Notice, Submit, Submitted
 from kvbaton.engine.request import TokenOutput
 from kvbaton.kvtransfer.agent import TransferAgent
 from kvbaton.kvtransfer.messages import Event
@@ -105,7 +104,7 @@ class EngineHost:
             load=parts.steps.load,
             counters=parts.steps.counters,
             transfer=parts.agent.stats(),
-            requests=len(parts.worker.tracks),
+            requests=len(parts.worker.legs),
         )
 
     async def audit(self) -> BlockAudit:
@@ -116,13 +115,13 @@ class EngineHost:
         parts.steps.inbox.put(AuditWanted())
         return await answer
 
-    async def migrate(self, request_id: str | None, to: str = "") -> None:
-        """Have the ingresses move a running request (None: all) to the engine `to`, or where they like. Returns at
-        once: the requests are served wherever they are, and go on here if no move succeeds."""
-        self._started().steps.inbox.put(MoveAway(request_id, to))
+    async def migrate(self, request_id: str | None, to: str | None = None) -> None:
+        """Have the ingresses migrate a running request (None: all) to the engine `to`, or where they like. Returns at
+        once: the requests are served wherever they are, and go on here if no migration succeeds."""
+        self._started().steps.inbox.put(Evacuate(request_id, to))
 
     async def drain(self) -> None:
-        """Take nothing new, have everything that runs moved away, and return when the engine is empty. The registry
+        """Take nothing new, have everything that runs migrated away, and return when the engine is empty. The registry
         says DRAINING until another state is published; its ingresses act on that."""
         parts = self._started()
         info = replace(parts.registration.info, state=EngineState.DRAINING, reason="draining")
@@ -164,8 +163,8 @@ class EngineHost:
     def abort(self, session_id: int, request_id: str, sample: int | None) -> None:
         self._started().steps.inbox.put(Abort(session_id, request_id, sample))
 
-    def move(self, session_id: int, move: Move) -> None:
-        self._started().steps.inbox.put(MoveOrder(session_id, move))
+    def migrate_sample(self, session_id: int, order: Migrate) -> None:
+        self._started().steps.inbox.put(MigrationOrdered(session_id, order))
 
     def session_lost(self, session_id: int) -> None:
         if self._parts is not None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import queue
 from dataclasses import dataclass
 
-from kvbaton.cluster.host.commands import Item, Submitted
-from kvbaton.cluster.session.types import SubmitRefused
+from kvbaton.cluster.session.server import SubmitRefused
+from kvbaton.engine.orders import Order, Submitted
+from kvbaton.kvtransfer.messages import Failed, Granted, Landed, Offered, Released
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,9 @@ class SnapshotWanted:
 class AuditWanted:
     """Asks for `StepSink.audited`."""
 
+
+Item = Order | Offered | Granted | Landed | Released | Failed
+"""What the worker is told: orders, and events of the transfer agent."""
 
 Message = Item | SnapshotWanted | AuditWanted | Stop
 

@@ -15,9 +15,9 @@ from typing import Protocol
 
 from kvbaton.cluster.host.inbox import AuditWanted, Inbox, InboxLimits, SnapshotWanted, Stop
 from kvbaton.cluster.host.worker import Worker
-from kvbaton.cluster.session.types import Notice
 from kvbaton.engine.kv.block_owners import BlockAudit
 from kvbaton.engine.kv.kv_manager import CacheEvent, CacheSnapshot
+from kvbaton.engine.orders import Notice
 from kvbaton.engine.request import TokenOutput
 from kvbaton.router.engine_info import EngineLoad
 
@@ -32,7 +32,7 @@ class StepSink(Protocol):
     def stepped(self, outputs: dict[int, list[TokenOutput]], load: EngineLoad) -> None: ...
 
     def notices(self, notices: list[tuple[int, Notice]]) -> None:
-        """About moves, by session; what `stepped` was told before is older."""
+        """About migrations, by session; what `stepped` was told before is older."""
         ...
 
     def audited(self, audit: BlockAudit) -> None: ...

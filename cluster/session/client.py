@@ -11,8 +11,8 @@ from typing import Protocol
 
 from kvbaton.cluster.session.connection import FramedConnection, SessionLimits
 from kvbaton.cluster.session.handshake import IngressHandshake
-from kvbaton.cluster.session.types import Move, Notice, Submit
 from kvbaton.cluster.session.wire import STEP, Encoder, decode_notice, decode_step, unpack
+from kvbaton.engine.orders import Migrate, Notice, Submit
 from kvbaton.engine.request import TokenOutput
 from kvbaton.router.engine_info import EngineInfo, EngineLoad
 
@@ -29,7 +29,7 @@ class SessionEvents(Protocol):
         ...
 
     def notice(self, client: SessionClient, notice: Notice) -> None:
-        """Something about a move; the tokens that the engine made before have been told."""
+        """Something about a migration; the tokens that the engine made before have been told."""
         ...
 
     def lost(self, client: SessionClient, reason: str) -> None:
@@ -91,10 +91,10 @@ class SessionClient:
         if self._connection is not None:
             self._connection.send(self._encoder.abort(request_id, sample))
 
-    def move(self, move: Move) -> None:
-        """Have a sample moved, or stop that. Without a session nothing is sent: its loss tells the owner anyway."""
+    def migrate(self, order: Migrate) -> None:
+        """Have a sample migrated, or stop that. Without a session nothing is sent: its loss tells the owner anyway."""
         if self._connection is not None:
-            self._connection.send(self._encoder.move(move))
+            self._connection.send(self._encoder.migrate(order))
 
     def drop(self, reason: str) -> None:
         """End the session at once; `lost` follows with this reason."""

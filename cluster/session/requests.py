@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvbaton.cluster.session.fields import WireError, index_below, natural, number, sized, text
-from kvbaton.cluster.session.types import Leg, Submit
+from kvbaton.engine.orders import LegKind, Submit
 from kvbaton.engine.request import MAX_SAMPLES, InvalidRequest, Request, SamplingParams
 from kvbaton.kvtransfer.messages import PeerAddress
 
@@ -18,7 +18,7 @@ MAX_LIST = 1 << 16
 MAX_TIMEOUT_S = 7 * 86400.0
 RESUME_SUFFIX_CHARS = 32  # what a resume may add to a request id
 
-_LEGS = tuple(Leg)
+_LEG_KINDS = tuple(LegKind)
 
 
 def check_sendable(request: Request) -> None:
@@ -61,7 +61,7 @@ def submit_fields(submit: Submit) -> list[object]:
         request.cache_salt,
         request.timeout_s,
     )
-    return [_LEGS.index(submit.leg), None if peer is None else peer_fields(peer), wire_request]
+    return [_LEG_KINDS.index(submit.kind), None if peer is None else peer_fields(peer), wire_request]
 
 
 def decode_submit(fields: list[Any]) -> Submit:
@@ -69,7 +69,7 @@ def decode_submit(fields: list[Any]) -> Submit:
     leg, peer, request = sized("submit", fields, 3)
     return Submit(
         request=_decode_request(request),
-        leg=_LEGS[index_below("leg", leg, len(_LEGS))],
+        kind=_LEG_KINDS[index_below("leg", leg, len(_LEG_KINDS))],
         peer=None if peer is None else decode_peer(peer),
     )
 

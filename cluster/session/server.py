@@ -13,20 +13,41 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from typing import Protocol
 
 from kvbaton.cluster.session.connection import FramedConnection, SessionLimits
 from kvbaton.cluster.session.fields import WireError
 from kvbaton.cluster.session.handshake import EngineHandshake, HandshakeRefused
-from kvbaton.cluster.session.moves import decode_move
+from kvbaton.cluster.session.migrations import decode_migrate
 from kvbaton.cluster.session.requests import decode_abort, decode_submit
-from kvbaton.cluster.session.types import Notice, SessionHandler, Submit, SubmitRefused, refused_outputs
-from kvbaton.cluster.session.wire import ABORT, BEAT, MOVE, REFUSED, SUBMIT, WELCOME, Encoder, load_fields, unpack
+from kvbaton.cluster.session.wire import ABORT, BEAT, MIGRATE, REFUSED, SUBMIT, WELCOME, Encoder, load_fields, unpack
+from kvbaton.engine.orders import Migrate, Notice, Submit
 from kvbaton.engine.request import TokenOutput
 from kvbaton.router.engine_info import EngineLoad
 
 log = logging.getLogger(__name__)
 
 _CLOSE_GRACE_S = 1.0
+
+
+class SubmitRefused(RuntimeError):
+    """The engine does not even take a request into its inbox; the message is the reason."""
+
+
+class SessionHandler(Protocol):
+    """The engine's side of a session server. Called on the event loop; must not block."""
+
+    def submit(self, session_id: int, submit: Submit) -> None:
+        """Raises `SubmitRefused`."""
+
+    def abort(self, session_id: int, request_id: str, sample: int | None) -> None:
+        """Stop a request (or one sample of it) and release all it holds. Unknown ids are ignored."""
+
+    def migrate_sample(self, session_id: int, order: Migrate) -> None:
+        """Answered by a `Migrated`, unless the sample ends before."""
+
+    def session_lost(self, session_id: int) -> None:
+        """The ingress is gone: abort everything that it submitted."""
 
 
 class SessionServer:
@@ -72,7 +93,7 @@ class SessionServer:
             session.connection.send(self.encoder.step(outputs, load))
 
     def notify(self, session_id: int, notice: Notice) -> None:
-        """Tell one ingress about a move, after what was published before."""
+        """Tell one ingress about a migration, after what was published before."""
         session = self._sessions.get(session_id)
         if session is not None:
             session.connection.send(self.encoder.notice(notice))
@@ -140,8 +161,8 @@ class _Session:
             self._submit(decode_submit(fields))
         elif kind == ABORT:
             self._server.handler.abort(self.session_id, *decode_abort(fields))
-        elif kind == MOVE:
-            self._server.handler.move(self.session_id, decode_move(fields))
+        elif kind == MIGRATE:
+            self._server.handler.migrate_sample(self.session_id, decode_migrate(fields))
         elif kind != BEAT:
             raise WireError(f"message kind {kind} is not for an engine")
 
@@ -181,4 +202,4 @@ class _Session:
             self._refuse(submit, f"{type(error).__name__}: {error}")
 
     def _refuse(self, submit: Submit, reason: str) -> None:
-        self._server.publish(self.session_id, refused_outputs(submit, reason), self._server.load)
+        self._server.publish(self.session_id, submit.refused(reason), self._server.load)

@@ -3,10 +3,11 @@
     frame     4 bytes big-endian length, then that many bytes of msgpack
     message   [kind, ...], lists and scalars only: a map or an extension type is refused
 
-After the handshake (`session_handshake`) the ingress sends SUBMIT, ABORT, MOVE and BEAT; the engine sends MOVED,
-MOVE_WANTED and STEP: its load and a row for each token. A plain token is a row of five values; more (logprobs, finish,
-error ...) makes it a row of ten.
-What does not decode to exactly the dataclasses of `session_types` raises `WireError` and costs its sender the session.
+After the handshake (`handshake.py`) the ingress sends SUBMIT, ABORT, MIGRATE and BEAT; the engine sends MIGRATED,
+MIGRATION_WANTED and STEP: its load and a row for each token. A plain token is a row of five values; more (logprobs,
+finish, error ...) makes it a row of ten.
+What does not decode to exactly the dataclasses of `engine/orders.py` raises `WireError` and costs its sender the
+session.
 """
 
 from __future__ import annotations
@@ -19,17 +20,24 @@ from typing import Any
 import msgpack
 
 from kvbaton.cluster.session.fields import WireError, index_below, natural, number, text
-from kvbaton.cluster.session.moves import decode_moved, decode_wanted, move_fields, moved_fields, wanted_fields
+from kvbaton.cluster.session.migrations import (
+    decode_migrated,
+    decode_wanted,
+    migrate_fields,
+    migrated_fields,
+    wanted_fields,
+)
 from kvbaton.cluster.session.requests import submit_fields
-from kvbaton.cluster.session.types import Move, Moved, MoveWanted, Notice, Submit
+from kvbaton.engine.orders import Migrate, Migrated, MigrationWanted, Notice, Submit
 from kvbaton.engine.request import MAX_SAMPLES, FinishReason, TokenLogprobs, TokenOutput
 from kvbaton.router.engine_info import EngineLoad
 
-# 1: first version. 2: moves, a request's time limit, blocks by owner. 3: ends of hand-offs.
+# 1: first version. 2: migrations, a request's time limit, blocks by owner. 3: ends of hand-offs.
+# 4: MIGRATED has a refusal or none.
 # Any change to the order or number of positional fields raises it.
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
-HELLO, CHALLENGE, PROOF, WELCOME, REFUSED, SUBMIT, ABORT, BEAT, STEP, MOVE, MOVED, MOVE_WANTED = range(12)
+HELLO, CHALLENGE, PROOF, WELCOME, REFUSED, SUBMIT, ABORT, BEAT, STEP, MIGRATE, MIGRATED, MIGRATION_WANTED = range(12)
 
 HEADER = struct.Struct(">I")
 MAX_ERROR_CHARS = 4096
@@ -100,13 +108,13 @@ class Encoder:
     def abort(self, request_id: str, sample: int | None) -> bytes:
         return self.message(ABORT, request_id, sample)
 
-    def move(self, move: Move) -> bytes:
-        return self.message(MOVE, *move_fields(move))
+    def migrate(self, order: Migrate) -> bytes:
+        return self.message(MIGRATE, *migrate_fields(order))
 
     def notice(self, notice: Notice) -> bytes:
-        if isinstance(notice, Moved):
-            return self.message(MOVED, *moved_fields(notice))
-        return self.message(MOVE_WANTED, *wanted_fields(notice))
+        if isinstance(notice, Migrated):
+            return self.message(MIGRATED, *migrated_fields(notice))
+        return self.message(MIGRATION_WANTED, *wanted_fields(notice))
 
     def beat(self) -> bytes:
         return self.message(BEAT)
@@ -139,11 +147,11 @@ def decode_load(fields: object) -> EngineLoad:
     return EngineLoad(*fields)
 
 
-def decode_notice(kind: int, fields: list[Any]) -> Moved | MoveWanted:
+def decode_notice(kind: int, fields: list[Any]) -> Migrated | MigrationWanted:
     """What an engine says besides its steps. Raises `WireError` for a kind that is for engines."""
-    if kind == MOVED:
-        return decode_moved(fields)
-    if kind == MOVE_WANTED:
+    if kind == MIGRATED:
+        return decode_migrated(fields)
+    if kind == MIGRATION_WANTED:
         return decode_wanted(fields)
     raise WireError(f"message kind {kind} is not for an ingress")
 

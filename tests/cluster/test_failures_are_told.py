@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from kvbaton.cluster.host.commands import Abort, Submitted
 from kvbaton.cluster.host.submit_check import SubmitCheck
-from kvbaton.cluster.session.types import Leg, Submit
+from kvbaton.engine.orders import Abort, LegKind, Submit, Submitted
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.kvtransfer.faults import Fault
 from kvbaton.kvtransfer.messages import Failed, Landing, Offered
@@ -90,7 +89,7 @@ def other_prompt_at_decode() -> Scene:
     scene = Scene()
     scene.d.inbox.clear()
     other = Request("a", PROMPT[:9], SamplingParams(max_tokens=12), (0,))
-    scene.d.put(Submitted(SESSION, Submit(other, Leg.DECODE, scene.p.address)))
+    scene.d.put(Submitted(SESSION, Submit(other, LegKind.DECODE, scene.p.address)))
     return scene
 
 

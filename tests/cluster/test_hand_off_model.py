@@ -29,7 +29,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from kvbaton.cluster.client.migration import MoveRefused
+from kvbaton.cluster.client.migration import MigrationRefused
 from kvbaton.cluster.session.client import SessionLost
 from kvbaton.kvtransfer.faults import Fault
 from kvbaton.router.engine_info import EngineState, Role
@@ -160,8 +160,8 @@ class HandOffMachine(RuleBasedStateMachine):
     async def _migrate(self, name: str, sample: int, to: str) -> None:
         view = self.service.router.view(to)
         if view is not None:
-            with contextlib.suppress(MoveRefused, SessionLost):
-                self.service.client.moves.start(self.service.client._flights[name], sample, view.info)
+            with contextlib.suppress(MigrationRefused, SessionLost):
+                self.service.client.migrations.start(self.service.client._flights[name], sample, view.info)
 
     # ---- time goes on -----------------------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from kvbaton.cluster.client.migration import MoveRefused
-from kvbaton.decode_worker.migration import MoveState
+from kvbaton.cluster.client.migration import MigrationRefused
+from kvbaton.decode_worker.migration import MigrationState
 from kvbaton.router.engine_info import EngineState, Role
 from support.toy_service import ToyService, ToyStream
 
@@ -34,10 +34,10 @@ def other(s: ToyService, name: str = "a", sample: int = 0) -> str:
     return next(n for n in s.nodes if n.startswith("d") and n != s.where(name, sample))
 
 
-def move_state(s: ToyService, engine: str, name: str = "a", sample: int = 0) -> MoveState | None:
+def migration_state(s: ToyService, engine: str, name: str = "a", sample: int = 0) -> MigrationState | None:
     worker = s.nodes[engine].worker
-    live = [track.live[sample] for track in worker.tracks if sample in track.live]
-    return worker.moves.state(live[0]) if live else None
+    live = [leg.live[sample] for leg in worker.legs if sample in leg.live]
+    return worker.migrations.state(live[0]) if live else None
 
 
 async def begin(s: ToyService, to: str, name: str = "a", sample: int = 0) -> asyncio.Task[str]:
@@ -52,13 +52,13 @@ async def test_sequence_moves_and_its_tokens_stay() -> None:
     source, target = s.where("a"), other(s)
     task = await begin(s, target)
     await s.until(task.done)
-    assert task.result() == ""
+    assert task.result() is None
     assert s.where("a") == target
-    assert not len(s.nodes[str(source)].worker.tracks), "the source has nothing left of it"
+    assert not len(s.nodes[str(source)].worker.legs), "the source has nothing left of it"
     await s.settle()
     s.assert_clean()
     assert stream.done
-    assert (s.client.counters.moved, s.client.counters.resumed) == (1, 0)
+    assert (s.client.counters.migrated, s.client.counters.resumed) == (1, 0)
 
 
 async def test_it_moves_there_and_back_and_on() -> None:
@@ -71,7 +71,7 @@ async def test_it_moves_there_and_back_and_on() -> None:
         before = source.agent.stats().bytes_sent
         task = await begin(s, other(s))
         await s.until(task.done)
-        assert task.result() == ""
+        assert task.result() is None
         sent.append(source.agent.stats().bytes_sent - before)
     assert sent[1] < sent[0], "coming back, only what is new travels"
     await s.settle()
@@ -85,7 +85,7 @@ async def test_one_of_several_samples_moves() -> None:
     source = s.where("a")
     task = await begin(s, other(s), sample=1)
     await s.until(task.done)
-    assert task.result() == ""
+    assert task.result() is None
     assert [s.where("a", i) == source for i in range(3)] == [True, False, True]
     await s.settle()
     s.assert_clean()
@@ -98,7 +98,7 @@ async def test_only_what_changed_travels_while_it_stands_still() -> None:
     await decoding(s)
     source, target = str(s.where("a")), other(s)
     task = await begin(s, target)
-    await s.until(lambda: move_state(s, source) is MoveState.PAUSED)
+    await s.until(lambda: migration_state(s, source) is MigrationState.PAUSED)
     carrier = list(s.nodes[source].worker.outgoing._open.values())
     assert len(carrier) == 1
     s.nodes[source].poll()  # the last blocks and DONE leave
@@ -126,7 +126,7 @@ async def test_targets_tokens_may_overtake_the_sources() -> None:
     assert not task.done()
     had = len(stream.tokens[0])
     await s.deliver(source)
-    assert task.result() == ""
+    assert task.result() is None
     assert len(stream.tokens[0]) > had + 5
     await s.settle()
     s.assert_clean()
@@ -141,15 +141,15 @@ async def reach(s: ToyService, stage: str, source: str, target: str) -> None:
     if stage == "ordered":
         return
     if stage == "landed":
-        await s.until(lambda: move_state(s, source) is MoveState.PAUSED)
+        await s.until(lambda: migration_state(s, source) is MigrationState.PAUSED)
         s.nodes[source].poll()
         s.nodes[target].poll()
         s.step(target)  # it is the target's, and nobody has heard yet
         return
-    wanted = MoveState(stage)
+    wanted = MigrationState(stage)
     for _ in range(100):
         for name in (source, target):
-            if move_state(s, source) is wanted:
+            if migration_state(s, source) is wanted:
                 return
             s.nodes[name].poll()
             s.step(name)
@@ -208,7 +208,7 @@ async def test_silent_target_does_not_hold_a_paused_sequence() -> None:
     stream = await decoding(s)
     source, target = str(s.where("a")), other(s)
     task = await begin(s, target)
-    await s.until(lambda: move_state(s, source) is MoveState.PAUSED)
+    await s.until(lambda: migration_state(s, source) is MigrationState.PAUSED)
     s.clock.now += 3
     for _ in range(3):
         s.step(source)
@@ -225,14 +225,14 @@ async def test_silent_target_does_not_hold_a_paused_sequence() -> None:
 async def test_what_cannot_move_is_refused() -> None:
     s = await service()
     await s.submit("a", PROMPT, 30)
-    with pytest.raises(MoveRefused, match="prompt"):
+    with pytest.raises(MigrationRefused, match="prompt"):
         await s.client.migrate("a", 0, "d1")
-    with pytest.raises(MoveRefused, match="no such request"):
+    with pytest.raises(MigrationRefused, match="no such request"):
         await s.client.migrate("zz", 0, "d1")
-    with pytest.raises(MoveRefused, match="no engine"):
+    with pytest.raises(MigrationRefused, match="no engine"):
         await s.client.migrate("a", 0, "nowhere")
     await s.until(lambda: s.where("a"))
-    with pytest.raises(MoveRefused, match="already"):
+    with pytest.raises(MigrationRefused, match="already"):
         await s.client.migrate("a", 0, str(s.where("a")))
     await s.settle()
     s.assert_clean()
@@ -250,5 +250,5 @@ async def test_drain_empties_an_engine_while_its_streams_go_on() -> None:
     await s.settle()
     s.assert_clean()
     assert queued.done
-    assert s.client.counters.moved > 0
+    assert s.client.counters.migrated > 0
     assert s.client.counters.resumed == 0

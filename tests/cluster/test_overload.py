@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from kvbaton.cluster.session.types import Leg
 from kvbaton.engine.config import BatchConfig
+from kvbaton.engine.orders import LegKind
 from kvbaton.kvtransfer.messages import HandoffKey, Released
 from support.toy_cluster import ToyCluster
 from support.toy_engine import ToyEngine, expected_tokens
@@ -24,7 +24,7 @@ def test_hand_offs_that_nobody_takes_fill_a_part_of_the_pool_only() -> None:
     """Guards a prefill pool full of finished prompts, in which nothing else can run."""
     b = bench(num_blocks=40)
     for i in range(10):
-        b.submit(request(f"p{i}", prompt_of(20, i)), Leg.PREFILL)
+        b.submit(request(f"p{i}", prompt_of(20, i)), LegKind.PREFILL)
     b.run()
     assert len(b.worker.outgoing) == 6, "six times five blocks are three quarters of forty"
     b.submit(request("local", prompt_of(8, 77), max_tokens=4))
@@ -39,7 +39,7 @@ def test_hand_offs_that_nobody_takes_fill_a_part_of_the_pool_only() -> None:
 def test_number_of_open_hand_offs_is_capped() -> None:
     b = bench(num_blocks=200, max_handoffs=3)
     for i in range(5):
-        b.submit(request(f"p{i}", prompt_of(5, i)), Leg.PREFILL)
+        b.submit(request(f"p{i}", prompt_of(5, i)), LegKind.PREFILL)
     b.run()
     assert len(b.worker.outgoing) == 3
 
@@ -47,7 +47,7 @@ def test_number_of_open_hand_offs_is_capped() -> None:
 def test_prompt_larger_than_the_cap_still_runs_alone() -> None:
     """Guards a request that could never start."""
     b = bench(num_blocks=40)
-    b.submit(request("huge", prompt_of(150)), Leg.PREFILL)
+    b.submit(request("huge", prompt_of(150)), LegKind.PREFILL)
     b.run()
     assert len(b.worker.outgoing) == 1
 

@@ -48,7 +48,7 @@ def test_every_metric_is_documented_and_exists() -> None:
     http = {line.split(" ")[2] for line in HttpMetrics().render().splitlines() if line.startswith("# TYPE")}
     http = {name for name in http if not name.endswith("_created")}
     client = {f"kvbaton_requests_{field.name}_total" for field in dataclasses.fields(ClientCounters)}
-    source = (ROOT / "cluster" / "engine_metrics.py").read_text()
+    source = (ROOT / "cluster" / "ingress" / "engine_metrics.py").read_text()
     engine = set(re.findall(r"kvbaton_(?:engine|requests)_[a-z_]+[a-z]", source))
     documented = set(table_keys(r"kvbaton_[a-z_]+"))
     assert documented == http | client | engine

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from kvbaton.cluster.host.commands import Abort, MoveOrder
 from kvbaton.cluster.host.step_loop import StepLoop
 from kvbaton.cluster.host.worker import Worker
-from kvbaton.cluster.session.types import Leg, Move
 from kvbaton.engine.config import BatchConfig
 from kvbaton.engine.first_tokens import encode_first_tokens
+from kvbaton.engine.orders import Abort, LegKind, Migrate, MigrationOrdered
 from kvbaton.engine.request import FinishReason
 from kvbaton.kvtransfer.messages import Granted, HandoffKey, Landed, Landing, Offer, Offered, Released
 from support.recording_agent import RecordingAgent
@@ -131,7 +130,7 @@ def test_blocks_of_a_stopped_sequence_are_not_granted_to_a_peer_too_early() -> N
     whole = expected_tokens(prompt_of(10), 30)
     b.submit(request("a", prompt_of(10), 30, stop_token_ids=(whole[2],)))
     key, prompt = HandoffKey("d", 0), prompt_of(16, 5)
-    b.submit(request("d", prompt, 3), Leg.DECODE)
+    b.submit(request("d", prompt, 3), LegKind.DECODE)
     b.worker.handle(Offered(Offer(key, 16, 4), PEER), b.now)
     granted_in = []
     while not granted_in:
@@ -198,7 +197,7 @@ def test_abort_of_a_prompt_whose_chunk_is_on_its_way() -> None:
 def test_blocks_of_a_cancelled_hand_off_wait_for_the_chunk_that_writes_them() -> None:
     """The network has let go of them; the device has not."""
     b = bench(prefill_chunk_tokens=8)
-    b.submit(request("p", prompt_of(40)), Leg.PREFILL)
+    b.submit(request("p", prompt_of(40)), LegKind.PREFILL)
     b.step()
     b.step()
     assert b.busy
@@ -213,7 +212,7 @@ def test_blocks_of_a_cancelled_hand_off_wait_for_the_chunk_that_writes_them() ->
 
 def test_hand_off_sends_no_block_that_has_not_landed() -> None:
     b = bench(prefill_chunk_tokens=8)
-    b.submit(request("p", prompt_of(18)), Leg.PREFILL)
+    b.submit(request("p", prompt_of(18)), LegKind.PREFILL)
     announced = []
     while b.step():
         announced.append([len(ids) for name, ids in b.agent.calls if name == "blocks_ready"])
@@ -250,8 +249,8 @@ def test_steps_land_one_by_one_while_a_sequence_moves() -> None:
     b = bench()
     b.decode("a", "b")
     tokens = len(b.tokens("a"))
-    order = Move("a", 0, PEER, "a~1", 1, context_tokens=10 + tokens)
-    b.worker.handle(MoveOrder(SESSION, order), b.now)
+    order = Migrate("a", 0, PEER, "a~1", 1, context_tokens=10 + tokens)
+    b.worker.handle(MigrationOrdered(SESSION, order), b.now)
     b.step()
     assert not b.busy
     b.worker.handle(Released(HandoffKey("a~1^", 1), acked=True), b.now)

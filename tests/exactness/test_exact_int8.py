@@ -114,7 +114,7 @@ async def test_moved_and_resumed(tiny_model: TinyModels, oracle: Oracle) -> None
         for name in ("decode-1", "decode-2"):
             await asyncio.to_thread(cluster.engines[name].slow_down, 0.02)
         tokens: list[int | None] = []
-        moving: asyncio.Task[str] | None = None
+        moving: asyncio.Task[str | None] | None = None
         killed = None
         async for outputs in cluster.client.generate(greedy("r", prompt)):
             tokens += [output.token_id for output in outputs]
@@ -122,12 +122,12 @@ async def test_moved_and_resumed(tiny_model: TinyModels, oracle: Oracle) -> None
                 target = ({"decode-1", "decode-2"} - {engine_of(cluster, "r")}).pop()
                 moving = asyncio.create_task(cluster.client.migrate("r", 0, target))
             elif killed is None and moving is not None and moving.done():
-                assert (moving.result(), engine_of(cluster, "r")) == ("", target)
+                assert (moving.result(), engine_of(cluster, "r")) == (None, target)
                 killed = cluster.engines.pop(target)
                 killed.kill()
         assert killed is not None
         assert tokens == want
-        assert (cluster.client.counters.moved, cluster.client.counters.resumed) == (1, 1)
+        assert (cluster.client.counters.migrated, cluster.client.counters.resumed) == (1, 1)
         await cluster.assert_clean()
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from kvbaton.cluster.host.commands import Abort
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
 from kvbaton.engine.engine import Engine
+from kvbaton.engine.orders import Abort
 from kvbaton.engine.request import Request, SamplingParams, TokenOutput
 from kvbaton.engine.sampling import device_sampler
 from kvbaton.engine.sampling.sampler import sample_tokens

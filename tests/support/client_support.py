@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 from kvbaton.cluster.client.client import ClientConfig, ClusterClient
 from kvbaton.cluster.session.server import SessionServer
-from kvbaton.cluster.session.types import Leg, Submit
 from kvbaton.cluster.store.registry import Membership, encode_entry
 from kvbaton.cluster.store.store import MemoryStore
+from kvbaton.engine.orders import LegKind, Submit
 from kvbaton.engine.request import FinishReason, Request, TokenOutput
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, Role
 from kvbaton.router.placement import RouterConfig
@@ -194,5 +194,5 @@ def whole(sample: int, count: int, start: int = 0) -> list[tuple[int, int]]:
     return [(index, token_at(sample, index)) for index in range(start, start + count)]
 
 
-def legs(*nodes: Node) -> list[Leg]:
-    return [submit.leg for node in nodes for _, submit in node.engine.submits]
+def legs(*nodes: Node) -> list[LegKind]:
+    return [submit.kind for node in nodes for _, submit in node.engine.submits]

@@ -84,7 +84,7 @@ class Scene:
     ingress: IngressProcess | None = None
     streams: list[Stream] = field(default_factory=list)
     victim: Stream | None = None
-    moves: list[asyncio.Task[str]] = field(default_factory=list)
+    migrations: list[asyncio.Task[str | None]] = field(default_factory=list)
 
     def submit(self, wanted: Request) -> str:
         named = replace(wanted, request_id=f"{wanted.request_id}-{self.serial}")
@@ -106,7 +106,7 @@ class Scene:
         if self.ingress is not None:
             self.ingress.migrate(request_id, to)
         else:
-            self.moves.append(asyncio.create_task(self.cluster.client.migrate(request_id, 0, to)))
+            self.migrations.append(asyncio.create_task(self.cluster.client.migrate(request_id, 0, to)))
 
     async def pause(self, prefill_s: float, decode_s: float) -> None:
         for name, seconds in ((PREFILL, prefill_s), (DECODE, decode_s)):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from kvbaton.cluster.session.client import SessionClient
 from kvbaton.cluster.session.connection import SessionLimits
 from kvbaton.cluster.session.server import SessionServer
-from kvbaton.cluster.session.types import Move, Notice, Submit
+from kvbaton.engine.orders import Migrate, Notice, Submit
 from kvbaton.engine.request import Request, SamplingParams, TokenOutput
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
 
@@ -45,7 +45,7 @@ class ScriptedEngine:
     on_submit: Callable[[int, Submit], None] = lambda session_id, submit: None
     submits: list[tuple[int, Submit]] = field(default_factory=list)
     aborts: list[tuple[int, str, int | None]] = field(default_factory=list)
-    moves: list[tuple[int, Move]] = field(default_factory=list)
+    migrations: list[tuple[int, Migrate]] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -58,8 +58,8 @@ class ScriptedEngine:
         self.aborts.append((session_id, request_id, sample))
         self.changed.set()
 
-    def move(self, session_id: int, move: Move) -> None:
-        self.moves.append((session_id, move))
+    def migrate_sample(self, session_id: int, order: Migrate) -> None:
+        self.migrations.append((session_id, order))
         self.changed.set()
 
     def session_lost(self, session_id: int) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field, replace
 
-from kvbaton.cluster.host.commands import Abort, Item, Submitted
+from kvbaton.cluster.host.inbox import Item
 from kvbaton.cluster.host.worker import Worker
-from kvbaton.cluster.session.types import Leg, Submit
 from kvbaton.engine.config import BatchConfig
+from kvbaton.engine.orders import Abort, LegKind, Submit, Submitted
 from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenOutput
 from kvbaton.kvtransfer.agent import TransferAgent
 from kvbaton.kvtransfer.faults import FaultyTransport
@@ -129,7 +129,7 @@ class Node:
     def assert_clean(self) -> None:
         audit = self.worker.audit()
         assert (audit.problems, audit.held) == ((), 0), f"{self.name} holds blocks: {audit}"
-        assert not len(self.worker.tracks), f"{self.name} still tracks requests"
+        assert not len(self.worker.legs), f"{self.name} still legs requests"
         assert not len(self.worker.outgoing), f"{self.name} has outgoing hand-offs"
         assert not len(self.worker.landings), f"{self.name} has landings"
         stats = self.agent.stats()
@@ -266,11 +266,11 @@ class ToyCluster:
     def _send(self, stream: Stream, legs: tuple[str, ...]) -> None:
         stream.legs = legs
         if len(legs) == 1:
-            self.nodes[legs[0]].put(Submitted(SESSION, Submit(stream.request, Leg.LOCAL)))
+            self.nodes[legs[0]].put(Submitted(SESSION, Submit(stream.request, LegKind.LOCAL)))
             return
         prefill, decode = legs
-        self.nodes[decode].put(Submitted(SESSION, Submit(stream.request, Leg.DECODE, self.nodes[prefill].address)))
-        self.nodes[prefill].put(Submitted(SESSION, Submit(stream.request, Leg.PREFILL, self.nodes[decode].address)))
+        self.nodes[decode].put(Submitted(SESSION, Submit(stream.request, LegKind.DECODE, self.nodes[prefill].address)))
+        self.nodes[prefill].put(Submitted(SESSION, Submit(stream.request, LegKind.PREFILL, self.nodes[decode].address)))
 
     def _abort_legs(self, stream: Stream) -> None:
         for name in stream.legs:

@@ -12,9 +12,8 @@ from collections import deque
 from dataclasses import replace
 
 from kvbaton.cluster.client.client import ClientConfig, ClusterClient
-from kvbaton.cluster.host.commands import Abort, MoveOrder, Submitted
 from kvbaton.cluster.session.client import SessionLost
-from kvbaton.cluster.session.types import Move, Notice, Submit
+from kvbaton.engine.orders import Abort, Migrate, MigrationOrdered, Notice, Submit, Submitted
 from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenOutput
 from kvbaton.kvtransfer.loopback import LoopbackNetwork
 from kvbaton.kvtransfer.settings import TransferSettings
@@ -45,9 +44,9 @@ class ToySession:
         if self.connected:
             self.node.put(Abort(self.session_id, request_id, sample))
 
-    def move(self, move: Move) -> None:
+    def migrate(self, order: Migrate) -> None:
         if self.connected:
-            self.node.put(MoveOrder(self.session_id, move))
+            self.node.put(MigrationOrdered(self.session_id, order))
 
 
 class ToyLinks:
@@ -269,7 +268,7 @@ class ToyService:
                 node.assert_clean()
         assert self.client.in_flight == 0
         assert self.client._attempts == {}
-        assert len(self.client.moves) == 0
+        assert len(self.client.migrations) == 0
         for info in self.router.engines:
             view = self.router.view(info.engine_id)
             assert view is not None

@@ -124,7 +124,7 @@ class Rig:
             idle = 0 if any(worked) else idle + 1
 
     def advance(self, seconds: float, step_s: float = 0.25) -> None:
-        """Move the clock in steps, polling at each."""
+        """Migrate the clock in steps, polling at each."""
         end = self.clock.now + seconds
         while self.clock.now < end:
             self.clock.now = min(end, self.clock.now + step_s)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from kvbaton.cluster.host.commands import StepEngine, Submitted
 from kvbaton.cluster.host.worker import Worker
-from kvbaton.cluster.session.types import Leg, Submit
 from kvbaton.engine.config import BatchConfig
+from kvbaton.engine.orders import LegKind, Submit, Submitted
 from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenOutput
+from kvbaton.engine.step_pipeline import StepEngine
 from kvbaton.kvtransfer.messages import PeerAddress
 from support.recording_agent import RecordingAgent
 
@@ -35,8 +35,8 @@ class WorkerBench:
         self.outputs: list[TokenOutput] = []
         self.now = 0.0
 
-    def submit(self, req: Request, leg: Leg = Leg.LOCAL) -> None:
-        self.worker.handle(Submitted(SESSION, Submit(req, leg, None if leg is Leg.LOCAL else PEER)), self.now)
+    def submit(self, req: Request, leg: LegKind = LegKind.LOCAL) -> None:
+        self.worker.handle(Submitted(SESSION, Submit(req, leg, None if leg is LegKind.LOCAL else PEER)), self.now)
 
     def step(self) -> bool:
         self.now += 0.01
@@ -72,6 +72,6 @@ class WorkerBench:
         audit = self.worker.audit()
         assert audit.problems == ()
         assert audit.held == 0
-        assert len(self.worker.tracks) == 0
+        assert len(self.worker.legs) == 0
         assert len(self.worker.outgoing) == 0
         assert len(self.worker.landings) == 0

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from kvbaton.cluster.client.api import NoEngines, Overloaded, ShuttingDown
-from kvbaton.cluster.session.types import Leg
+from kvbaton.engine.orders import LegKind
 from kvbaton.engine.request import FinishReason, InvalidRequest, SamplingParams
 from kvbaton.kvtransfer.messages import PeerAddress
 from kvbaton.router.engine_info import EngineLoad, EngineState, Role
@@ -22,7 +22,7 @@ async def test_both_legs_are_submitted_with_each_others_address() -> None:
         request = make_request(max_tokens=1)
         stream = Stream(c.client, request)
         first, second = await c["p0"].next_submit(), await c["d0"].next_submit()
-        assert (first.leg, second.leg) == (Leg.PREFILL, Leg.DECODE)
+        assert (first.kind, second.kind) == (LegKind.PREFILL, LegKind.DECODE)
         assert first.request == second.request == request
         assert first.peer == PeerAddress("d0", 1, "127.0.0.1", 1)
         assert second.peer == PeerAddress("p0", 1, "127.0.0.1", 1)
@@ -221,7 +221,7 @@ async def test_short_prompt_runs_locally_on_decode() -> None:
         request = make_request(prompt_tokens=31, max_tokens=2)
         stream = Stream(c.client, request)
         submit = await c["d0"].next_submit()
-        assert (submit.leg, submit.peer) == (Leg.LOCAL, None)
+        assert (submit.kind, submit.peer) == (LegKind.LOCAL, None)
         c["d0"].tokens(request, [0, 1], last=1)
         await stream.end()
         assert stream.of() == whole(0, 2)

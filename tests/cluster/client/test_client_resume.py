@@ -11,7 +11,7 @@ import pytest
 
 from kvbaton.cluster.client.api import EngineLost
 from kvbaton.cluster.client.client import ClientConfig
-from kvbaton.cluster.session.types import Leg, Submit
+from kvbaton.engine.orders import LegKind, Submit
 from kvbaton.engine.request import FinishReason, Request, TokenOutput
 from kvbaton.kvtransfer.messages import PeerAddress
 from kvbaton.router.engine_info import EngineState, Role
@@ -38,7 +38,7 @@ async def test_decode_lost_in_the_middle_goes_on_elsewhere_exactly() -> None:
         await stream.has(3)
         await dying.kill()
         again = await other.next_submit()
-        assert again.leg is Leg.DECODE
+        assert again.kind is LegKind.DECODE
         assert again.request.request_id == "r1~1.0"
         assert again.request.epoch == 1
         assert again.request.sample_indices == (0,)
@@ -62,7 +62,7 @@ async def test_prefill_lost_before_the_first_token_runs_on_another() -> None:
         dying, other = await c.split("p0", "p1")
         await dying.kill()
         again = await other.next_submit()
-        assert (again.leg, again.request.emitted, again.request.epoch) == (Leg.PREFILL, (), 1)
+        assert (again.kind, again.request.emitted, again.request.epoch) == (LegKind.PREFILL, (), 1)
         assert await c["d0"].aborted() == ("r1", None)
         address = other.info
         assert (await c["d0"].next_submit(2)).peer == PeerAddress(address.engine_id, 1, address.host, address.kv_port)
@@ -96,7 +96,7 @@ async def test_prefill_lost_with_a_first_token_that_decode_overtook() -> None:
         await eventually(lambda: c.client._attempts["r1"].decoding)
         await c["p0"].kill()
         again = await c["d0"].next_submit(2)
-        assert (again.leg, again.request.emitted) == (Leg.LOCAL, ())
+        assert (again.kind, again.request.emitted) == (LegKind.LOCAL, ())
         assert await c["d0"].aborted() == ("r1", None)
         c["d0"].tokens(again.request, [0, 1, 2], last=2)
         await stream.end()
@@ -109,7 +109,7 @@ async def test_last_prefill_lost_serves_on_decode_alone() -> None:
         stream = await started(c, request)
         await c["p0"].kill()
         again = await c["d0"].next_submit(2)
-        assert again.leg is Leg.LOCAL
+        assert again.kind is LegKind.LOCAL
         c["d0"].tokens(again.request, [0, 1], last=1)
         await stream.end()
         assert stream.of() == whole(0, 2)
@@ -143,7 +143,7 @@ async def test_failed_hand_off_of_the_only_pair_is_retried_without_transfer() ->
         c["p0"].tokens(request, [0])
         c["d0"].send(failure(request, 0, "hand-off failed: checksum"))
         again = await c["d0"].next_submit(2)
-        assert again.leg is Leg.LOCAL
+        assert again.kind is LegKind.LOCAL
         c["d0"].tokens(again.request, [len(again.request.emitted), 1], last=1)
         await stream.end()
         assert stream.of() == whole(0, 2)
@@ -312,8 +312,8 @@ class Unreliable:
 
     def __call__(self, session_id: int, submit: Submit) -> None:
         request = submit.request
-        start = len(request.emitted) + (submit.leg is Leg.DECODE)
-        stop = start + 1 if submit.leg is Leg.PREFILL else request.sampling.max_tokens
+        start = len(request.emitted) + (submit.kind is LegKind.DECODE)
+        stop = start + 1 if submit.kind is LegKind.PREFILL else request.sampling.max_tokens
         outputs = [out for sample in request.sample_indices for out in self._sample(request, sample, start, stop)]
         cut = self._rng.random() < 0.05
         self._node.server.publish(session_id, outputs[: len(outputs) // 2] if cut else outputs, LOAD)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from kvbaton.cluster.host.commands import Abort, Submitted
 from kvbaton.cluster.host.inbox import InboxLimits
 from kvbaton.cluster.host.step_loop import StepLoop
 from kvbaton.cluster.host.worker import Worker
-from kvbaton.cluster.session.types import Leg, Notice, Submit, SubmitRefused
+from kvbaton.cluster.session.server import SubmitRefused
 from kvbaton.engine.batch import Pending, ScheduledRow
 from kvbaton.engine.config import BatchConfig
 from kvbaton.engine.kv.block_owners import BlockAudit
 from kvbaton.engine.kv.kv_manager import CacheEvent, CacheSnapshot
+from kvbaton.engine.orders import Abort, LegKind, Notice, Submit, Submitted
 from kvbaton.engine.request import TokenOutput
 from kvbaton.router.engine_info import EngineLoad
 from support.recording_agent import RecordingAgent
@@ -66,7 +66,7 @@ class Stage:
 
     def submit(self, name: str, prompt_tokens: int = 4) -> None:
         wanted = request(name, prompt_of(prompt_tokens), max_tokens=3)
-        self.loop.inbox.submit(Submitted(SESSION, Submit(wanted, Leg.LOCAL)))
+        self.loop.inbox.submit(Submitted(SESSION, Submit(wanted, LegKind.LOCAL)))
 
     def run(self) -> None:
         for _ in range(20):

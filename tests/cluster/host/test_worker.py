@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from kvbaton.cluster.host.commands import Abort
 from kvbaton.cluster.host.worker import FINISHED_ON_PREFILL
-from kvbaton.cluster.session.types import Leg
 from kvbaton.engine.config import BatchConfig
 from kvbaton.engine.first_tokens import decode_first_tokens, encode_first_tokens
+from kvbaton.engine.orders import Abort, LegKind
 from kvbaton.engine.outgoing import OutgoingState
 from kvbaton.engine.request import FinishReason, Request, SamplingParams
 from kvbaton.kvtransfer.messages import Failed, HandoffKey, Landed, Landing, Offer, Offered, Released
@@ -175,7 +174,7 @@ def test_short_prompt_overtakes_a_long_one() -> None:
 class TestPrefillLeg:
     def test_first_token_goes_out_and_blocks_follow_in_order(self) -> None:
         bench = toy_bench(limits=BatchConfig(max_tokens_per_step=8, prefill_chunk_tokens=8))
-        bench.submit(request("p", prompt_of(18)), Leg.PREFILL)
+        bench.submit(request("p", prompt_of(18)), LegKind.PREFILL)
         bench.run()
         assert bench.tokens("p") == expected_tokens(prompt_of(18), 1)
         key = HandoffKey("p", 0)
@@ -190,7 +189,7 @@ class TestPrefillLeg:
         assert bench.engine.kv.counts().cached == 4, "full blocks stay as reusable prefix"
 
     def test_request_that_ends_with_its_first_token_transfers_nothing_more(self, bench: ToyBench) -> None:
-        bench.submit(request("p", prompt_of(6), max_tokens=1), Leg.PREFILL)
+        bench.submit(request("p", prompt_of(6), max_tokens=1), LegKind.PREFILL)
         bench.run()
         assert bench.finish("p") is FinishReason.LENGTH
         assert bench.agent.calls[-1] == ("cancel", FINISHED_ON_PREFILL)
@@ -201,7 +200,7 @@ class TestPrefillLeg:
     def test_abort_in_every_state_gives_all_back_after_release(self, steps: int) -> None:
         """0 queued, 1 and 2 computing, 5 sent; blocks stay until the transport is done with them."""
         bench = toy_bench(limits=BatchConfig(max_tokens_per_step=8, prefill_chunk_tokens=8))
-        bench.submit(request("p", prompt_of(18)), Leg.PREFILL)
+        bench.submit(request("p", prompt_of(18)), LegKind.PREFILL)
         for _ in range(steps):
             bench.step()
         key = HandoffKey("p", 0)
@@ -218,7 +217,7 @@ class TestPrefillLeg:
 
     def test_failure_is_told_to_the_ingress_and_stops_the_computation(self) -> None:
         bench = toy_bench(limits=BatchConfig(max_tokens_per_step=8, prefill_chunk_tokens=8))
-        bench.submit(request("p", prompt_of(18)), Leg.PREFILL)
+        bench.submit(request("p", prompt_of(18)), LegKind.PREFILL)
         bench.step()
         key = HandoffKey("p", 0)
         bench.worker.handle(Failed(key, "peer is gone"), bench.now)
@@ -239,7 +238,7 @@ class TestDecodeLeg:
         offered = Offered(Offer(key, len(req.context), blocks), PEER)
         for what in order:
             if what == "s":
-                bench.submit(req, Leg.DECODE)
+                bench.submit(req, LegKind.DECODE)
             else:
                 bench.worker.handle(offered, bench.now)
         bench.step()
@@ -282,7 +281,7 @@ class TestDecodeLeg:
         bench.assert_clean()
 
     def test_no_memory_is_held_before_the_offer(self, bench: ToyBench) -> None:
-        bench.submit(request("d", prompt_of(40)), Leg.DECODE)
+        bench.submit(request("d", prompt_of(40)), LegKind.DECODE)
         bench.run()
         assert bench.engine.kv.counts().held == 0
         bench.worker.handle(Abort(SESSION, "d"), bench.now)
@@ -294,7 +293,7 @@ class TestDecodeLeg:
         bench.submit(request("busy", prompt_of(20), max_tokens=6))
         bench.step()
         req = request("d", prompt_of(12, 2))
-        bench.submit(req, Leg.DECODE)
+        bench.submit(req, LegKind.DECODE)
         bench.worker.handle(Offered(Offer(HandoffKey("d", 0), 12, 3), PEER), bench.now)
         bench.step()
         assert bench.agent.calls == [], "three blocks are free but running sequences keep a reserve"
@@ -302,7 +301,7 @@ class TestDecodeLeg:
         assert bench.agent.names() == ["grant"]
 
     def test_offer_that_does_not_match_the_submit_is_refused(self, bench: ToyBench) -> None:
-        bench.submit(request("d", prompt_of(12)), Leg.DECODE)
+        bench.submit(request("d", prompt_of(12)), LegKind.DECODE)
         bench.worker.handle(Offered(Offer(HandoffKey("d", 0), 13, 4), PEER), bench.now)
         assert bench.agent.calls == [("cancel", "offer of 13 tokens in 4 blocks, expected 12 in 3")]
 
@@ -320,9 +319,9 @@ class TestDecodeLeg:
         req = request("d", prompt_of(10), max_tokens=40)
         key = HandoffKey("d", 0)
         if state == "expected":
-            bench.submit(req, Leg.DECODE)
+            bench.submit(req, LegKind.DECODE)
         elif state == "waiting":
-            bench.submit(req, Leg.DECODE)
+            bench.submit(req, LegKind.DECODE)
             bench.worker.handle(Offered(Offer(key, 10, 3), PEER), bench.now)
         else:
             self.land(bench, req, "so")

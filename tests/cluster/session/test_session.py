@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from kvbaton.cluster.session.client import SessionClient, SessionLost
 from kvbaton.cluster.session.connection import SessionLimits
 from kvbaton.cluster.session.handshake import EngineHandshake, HandshakeRefused, IngressHandshake
-from kvbaton.cluster.session.server import SessionServer
-from kvbaton.cluster.session.types import Leg, Submit, SubmitRefused
+from kvbaton.cluster.session.server import SessionServer, SubmitRefused
 from kvbaton.cluster.session.wire import HEADER, HELLO, PROOF, PROTOCOL_VERSION, Encoder, FrameReader, unpack
+from kvbaton.engine.orders import LegKind, Submit
 from kvbaton.engine.request import FinishReason, TokenOutput
 from kvbaton.kvtransfer.messages import PeerAddress
 from kvbaton.router.engine_info import EngineInfo, EngineLoad
@@ -54,7 +54,7 @@ async def test_submit_tokens_abort_and_load_travel_both_ways() -> None:
         server.publish_load(LOAD)
         client = SessionClient(info, SECRET, "ingress-1", listener)
         assert await client.connect() == LOAD
-        submit = Submit(make_request(prompt_tokens=100_000), Leg.PREFILL, PeerAddress("d1", 2, "10.0.0.9", 77))
+        submit = Submit(make_request(prompt_tokens=100_000), LegKind.PREFILL, PeerAddress("d1", 2, "10.0.0.9", 77))
         client.submit(submit)
         client.abort("r1", 0)
         client.abort("r1")
@@ -102,7 +102,7 @@ async def test_server_close_ends_clients_after_the_last_token() -> None:
         assert len(engine.lost) == 1
         assert not client.connected
         with pytest.raises(SessionLost, match="no session"):
-            client.submit(Submit(make_request(), Leg.LOCAL))
+            client.submit(Submit(make_request(), LegKind.LOCAL))
 
 
 async def test_wrong_secret_is_refused_at_both_ends(caplog: pytest.LogCaptureFixture) -> None:
@@ -202,7 +202,7 @@ async def test_malformed_frame_costs_only_its_sender(caplog: pytest.LogCaptureFi
         bad._connection.send(Encoder().message(77))
         await until(engine.changed, lambda: bool(engine.lost))
         assert engine.lost == [bad_id]
-        client.submit(Submit(make_request(), Leg.LOCAL))
+        client.submit(Submit(make_request(), LegKind.LOCAL))
         await until(engine.changed, lambda: bool(engine.submits))
         await client.close()
 
@@ -271,8 +271,8 @@ async def test_handler_failure_is_answered_and_the_session_lives() -> None:
     engine, listener = ScriptedEngine(explode), Listener()
     async with serving(engine) as (_, info):
         client = await connect(info, listener)
-        client.submit(Submit(make_request("bad", n=2), Leg.LOCAL))
-        client.submit(Submit(make_request("good"), Leg.LOCAL))
+        client.submit(Submit(make_request("bad", n=2), LegKind.LOCAL))
+        client.submit(Submit(make_request("good"), LegKind.LOCAL))
         await until(engine.changed, lambda: len(engine.submits) == 2)
         await until(listener.changed, lambda: len(listener.outputs) == 2)
         assert [(o.sample, o.finish, o.error) for o in listener.outputs] == [
@@ -291,7 +291,7 @@ async def test_refusal_on_arrival_is_answered_by_its_reason_alone(caplog: pytest
     engine, listener = ScriptedEngine(refuse), Listener()
     async with serving(engine) as (_, info):
         client = await connect(info, listener)
-        client.submit(Submit(make_request("r"), Leg.LOCAL))
+        client.submit(Submit(make_request("r"), LegKind.LOCAL))
         await until(listener.changed, lambda: bool(listener.outputs))
         assert [(o.finish, o.error) for o in listener.outputs] == [
             (FinishReason.ERROR, "engine inbox is full (3 requests)")
@@ -329,7 +329,7 @@ def test_hostile_bytes_are_refused_and_others_served(data: bytes) -> None:
             await read_all(reader)
             writer.close()
             assert len(server.session_ids) == 1
-            client.submit(Submit(make_request(), Leg.LOCAL))
+            client.submit(Submit(make_request(), LegKind.LOCAL))
             await until(engine.changed, lambda: bool(engine.submits))
             await client.close()
 

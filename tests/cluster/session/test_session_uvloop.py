@@ -7,7 +7,7 @@ import asyncio
 import uvloop
 
 from kvbaton.cluster.session.client import SessionClient
-from kvbaton.cluster.session.types import Leg, Submit
+from kvbaton.engine.orders import LegKind, Submit
 from kvbaton.engine.request import TokenOutput
 from kvbaton.router.engine_info import EngineLoad
 from support.session_support import SECRET, Listener, ScriptedEngine, make_request, start_server, until
@@ -18,7 +18,7 @@ async def _round_trip() -> tuple[ScriptedEngine, Listener]:
     server, info = await start_server(engine, None)
     client = SessionClient(info, SECRET, "ingress-1", listener)
     await client.connect()
-    client.submit(Submit(make_request(prompt_tokens=50_000), Leg.LOCAL))
+    client.submit(Submit(make_request(prompt_tokens=50_000), LegKind.LOCAL))
     await until(engine.changed, lambda: bool(engine.submits))
     server.publish(engine.submits[0][0], [TokenOutput("r1", 0, 0, 0, 40)], EngineLoad())
     await until(listener.changed, lambda: bool(listener.frames))

@@ -12,14 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvbaton.cluster.session.fields import WireError
-from kvbaton.cluster.session.moves import decode_move
+from kvbaton.cluster.session.migrations import decode_migrate
 from kvbaton.cluster.session.requests import SAMPLING_FIELDS, decode_abort, decode_submit
-from kvbaton.cluster.session.types import Leg, Move, Moved, MoveWanted, Submit
 from kvbaton.cluster.session.wire import (
     HEADER,
-    MOVE,
-    MOVE_WANTED,
-    MOVED,
+    MIGRATE,
+    MIGRATED,
+    MIGRATION_WANTED,
     STEP,
     SUBMIT,
     Encoder,
@@ -28,6 +27,7 @@ from kvbaton.cluster.session.wire import (
     decode_step,
     unpack,
 )
+from kvbaton.engine.orders import LegKind, Migrate, Migrated, MigrationWanted, Submit
 from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenLogprobs, TokenOutput
 from kvbaton.kvtransfer.messages import PeerAddress
 from kvbaton.router.engine_info import EngineLoad
@@ -67,7 +67,7 @@ SAMPLING = SamplingParams(
     ignore_eos=True,
 )
 REQUEST = Request("req-é", (1, 2, 4_000_000_000), SAMPLING, (0, 2), (7, 8), 3, "tenant", 12.5)
-PAIRED = Submit(REQUEST, Leg.PREFILL, PeerAddress("d1", 4, "10.0.0.2", 65_535))
+PAIRED = Submit(REQUEST, LegKind.PREFILL, PeerAddress("d1", 4, "10.0.0.2", 65_535))
 
 
 def body(frame: bytes) -> bytes:
@@ -103,7 +103,9 @@ def test_each_optional_output_field_alone_survives(changed: dict[str, object]) -
     assert decode_step(fields)[0] == [output]
 
 
-@pytest.mark.parametrize("submit", [PAIRED, Submit(REQUEST, Leg.LOCAL), Submit(REQUEST, Leg.DECODE, PAIRED.peer)])
+@pytest.mark.parametrize(
+    "submit", [PAIRED, Submit(REQUEST, LegKind.LOCAL), Submit(REQUEST, LegKind.DECODE, PAIRED.peer)]
+)
 def test_submit_round_trip(submit: Submit) -> None:
     kind, fields = unpack(body(Encoder().submit(submit)))
     assert kind == SUBMIT
@@ -125,28 +127,30 @@ def test_abort_round_trip(sample: int | None) -> None:
     assert decode_abort(fields) == ("r", sample)
 
 
-MOVE_AWAY = Move("r~1.0", 3, PeerAddress("d1", 4, "10.0.0.2", 65_535), "r~2.0", 2, 2000)
+MIGRATE_ORDER = Migrate("r~1.0", 3, PeerAddress("d1", 4, "10.0.0.2", 65_535), "r~2.0", 2, 2000)
 
 
-@pytest.mark.parametrize("move", [MOVE_AWAY, dataclasses.replace(MOVE_AWAY, to=None)])
-def test_move_round_trip(move: Move) -> None:
-    kind, fields = unpack(body(Encoder().move(move)))
-    assert kind == MOVE
-    assert decode_move(fields) == move
+@pytest.mark.parametrize("order", [MIGRATE_ORDER, dataclasses.replace(MIGRATE_ORDER, to=None)])
+def test_migrate_round_trip(order: Migrate) -> None:
+    kind, fields = unpack(body(Encoder().migrate(order)))
+    assert kind == MIGRATE
+    assert decode_migrate(fields) == order
 
 
-@pytest.mark.parametrize("notice", [Moved("r", 1, True), Moved("r", 2, False, "no room"), MoveWanted("r", "d1")])
-def test_notice_round_trip(notice: Moved | MoveWanted) -> None:
+@pytest.mark.parametrize(
+    "notice", [Migrated("r", 1, None), Migrated("r", 2, "no room"), MigrationWanted("r", "d1"), MigrationWanted("r")]
+)
+def test_notice_round_trip(notice: Migrated | MigrationWanted) -> None:
     assert decode_notice(*unpack(body(Encoder().notice(notice)))) == notice
 
 
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        (MOVED, ["r", 1, 1, ""], "true or false"),
-        (MOVED, ["r", 1, True], "list of 4"),
-        (MOVED, ["r", 1, True, "x" * 1025], "reason"),
-        (MOVE_WANTED, ["r", 7], "to"),
+        (MIGRATED, ["r", 1, True], "refusal"),
+        (MIGRATED, ["r", 1], "list of 3"),
+        (MIGRATED, ["r", 1, "x" * 1025], "refusal"),
+        (MIGRATION_WANTED, ["r", 7], "to"),
         (SUBMIT, [], "not for an ingress"),
     ],
 )
@@ -160,10 +164,10 @@ def test_malformed_notice_is_refused_by_field(kind: int, fields: list[object], m
     [(1, 16, "sample"), (2, ["d1", 1, "h"], "peer"), (4, -1, "new epoch"), (5, None, "context tokens")],
 )
 def test_malformed_move_is_refused_by_field(at: int, value: object, message: str) -> None:
-    _, fields = unpack(body(Encoder().move(MOVE_AWAY)))
+    _, fields = unpack(body(Encoder().migrate(MIGRATE_ORDER)))
     fields[at] = value
     with pytest.raises(WireError, match=message):
-        decode_move(fields)
+        decode_migrate(fields)
 
 
 def test_error_text_is_cut_not_refused() -> None:

@@ -1,0 +1,119 @@
+"""What ingresses, peers and operators have an engine do, and what it says of it besides tokens. Plain values.
+
+A request becomes one leg at each engine that works on it:
+
+    PREFILL     compute the prompt, draw the first tokens, hand the KV to `peer`
+    DECODE      take the KV from `peer`, decode
+    LOCAL       both here, no transfer
+    MIGRATION   go on with a sample that decodes at `peer`, with the KV that it sends
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from kvbaton.engine.request import FinishReason, Request, TokenOutput
+from kvbaton.kvtransfer.messages import HandoffKey, PeerAddress
+
+
+class LegKind(enum.StrEnum):
+    """What one engine does for a request."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    LOCAL = "local"
+    MIGRATION = "migration"
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """`peer` is the other engine of the pair (its KV address), None for LOCAL."""
+
+    request: Request
+    kind: LegKind
+    peer: PeerAddress | None = None
+
+    def refused(self, message: str) -> list[TokenOutput]:
+        """The outputs that end every sample of the request without a token."""
+        request = self.request
+        name, epoch, index = request.request_id, request.epoch, len(request.emitted)
+        return [
+            TokenOutput(name, epoch, sample, index, None, finish=FinishReason.ERROR, error=message)
+            for sample in request.sample_indices
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Migrate:
+    """Hand one decoding sample over to the engine `to`, which has a MIGRATION leg named (`new_id`, `new_epoch`) whose
+    prompt and emitted tokens are `context_tokens`. `to` None: stop the migration to that leg, and decode on."""
+
+    request_id: str
+    sample: int
+    to: PeerAddress | None
+    new_id: str
+    new_epoch: int
+    context_tokens: int
+
+    @property
+    def key(self) -> HandoffKey:
+        """The name of the target's leg, and of the hand-off that brings the sample there."""
+        return HandoffKey(self.new_id, self.new_epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """How a migration ended at its source. `refusal` None: the sample goes on at the target, and all of its tokens up
+    to there were sent before. Else it goes on here, and this says why."""
+
+    new_id: str
+    new_epoch: int
+    refusal: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationWanted:
+    """The engine asks the ingress to migrate a request (every sample of it) to engine `to`, None: wherever it likes."""
+
+    request_id: str
+    to: str | None = None
+
+
+Notice = Migrated | MigrationWanted
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A session has a request for this engine."""
+
+    session_id: int
+    submit: Submit
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """One request of a session, or one sample of it (`sample`), or all requests of the session (`request_id` None)."""
+
+    session_id: int
+    request_id: str | None
+    sample: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationOrdered:
+    """An ingress has one of its samples migrated, or calls that off."""
+
+    session_id: int
+    order: Migrate
+
+
+@dataclass(frozen=True, slots=True)
+class Evacuate:
+    """An operator wants a request (None: every request) to go on elsewhere; its ingress is asked to see to it."""
+
+    request_id: str | None
+    to: str | None = None
+
+
+Order = Submitted | Abort | MigrationOrdered | Evacuate
