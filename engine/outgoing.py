@@ -21,7 +21,7 @@ from kvbaton.engine.kv.block_owners import BlockOwners, Owner
 from kvbaton.engine.kv.kv_manager import KVManager
 from kvbaton.engine.sequence import IllegalTransition, Sequence
 from kvbaton.kvtransfer.commands import HandoffCommands
-from kvbaton.kvtransfer.messages import HandoffKey, Offer, PeerAddress
+from kvbaton.kvtransfer.messages import Cause, GivenUp, HandoffKey, Offer, PeerAddress
 
 
 class OutgoingState(enum.Enum):
@@ -119,13 +119,13 @@ class OutgoingHandoffs:
         self._own(item, Owner.HOLD)
         self._agent.finish(handoff_key(seq), payload)
 
-    def cancel(self, key: HandoffKey, reason: str) -> None:
+    def cancel(self, key: HandoffKey, reason: str, cause: GivenUp = Cause.CANCELLED) -> None:
         """End a hand-off early; its blocks come back with `Released`."""
         item = self._open.get(key)
         if item is not None and item.state is not OutgoingState.CLOSING:
             item.to(OutgoingState.CLOSING)
             self._own(item, Owner.QUARANTINE)
-            self._agent.cancel(key, reason)
+            self._agent.cancel(key, reason, cause)
 
     def failed(self, key: HandoffKey) -> Sequence | None:
         """The agent gave up. Returns the sequence if it was news (the caller stops computing it), else None."""

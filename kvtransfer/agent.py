@@ -19,8 +19,10 @@ from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, Hello, che
 from kvbaton.kvtransfer.landing import LandingBlocks
 from kvbaton.kvtransfer.link import key_of
 from kvbaton.kvtransfer.messages import (
+    Cause,
     Event,
     Failed,
+    GivenUp,
     HandoffCounts,
     HandoffKey,
     Landing,
@@ -103,9 +105,9 @@ class TransferAgent:
         """Decode, after Landed: prefill may drop its hold. The hand-off is over here."""
         self._command(partial(self._ack, key))
 
-    def cancel(self, key: HandoffKey, reason: str) -> None:
-        """Either side, any time; Released follows unless the key is unknown here."""
-        self._command(partial(self._cancel, key, reason))
+    def cancel(self, key: HandoffKey, reason: str, cause: GivenUp = Cause.CANCELLED) -> None:
+        """Either side, any time; Released follows unless the key is unknown here. The peer's Failed has the cause."""
+        self._command(partial(self._cancel, key, reason, cause))
 
     def address(self) -> PeerAddress:
         """Where peers reach this agent."""
@@ -240,11 +242,11 @@ class TransferAgent:
         if key in self._receivers:
             self._receivers[key][1].ack(self._now)
 
-    def _cancel(self, key: HandoffKey, reason: str) -> None:
+    def _cancel(self, key: HandoffKey, reason: str, cause: GivenUp) -> None:
         if (sender := self._senders.get(key)) is not None:
-            sender.cancel(reason, self._now)
+            sender.cancel(reason, self._now, cause)
         if key in self._receivers:
-            self._receivers[key][1].cancel(reason, self._now)
+            self._receivers[key][1].cancel(reason, self._now, cause)
 
     # sessions
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from kvbaton.kvtransfer.messages import HandoffCounts, HandoffKey, Landing, Offer, PeerAddress
+from kvbaton.kvtransfer.messages import Cause, GivenUp, HandoffCounts, HandoffKey, Landing, Offer, PeerAddress
 
 
 class HandoffCommands(Protocol):
@@ -25,8 +25,11 @@ class HandoffCommands(Protocol):
 
     def ack(self, key: HandoffKey) -> None: ...
 
-    def cancel(self, key: HandoffKey, reason: str) -> None:
-        """End a hand-off in any state, on either side; `Released` follows. Unknown keys are ignored."""
+    def cancel(self, key: HandoffKey, reason: str, cause: GivenUp = Cause.CANCELLED) -> None:
+        """End a hand-off in any state, on either side; `Released` follows. Unknown keys are ignored.
+
+        The peer hears `Failed` with the cause. FINISHED: nothing is wrong, and nothing is left to hand over.
+        """
         ...
 
     def counts(self) -> HandoffCounts:

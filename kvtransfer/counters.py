@@ -23,7 +23,7 @@ class TransferCounters:
 
     def on_event(self, event: Event) -> None:
         counts = self.handoffs
-        if isinstance(event, Failed) and event.cause is not Cause.CANCELLED:
+        if isinstance(event, Failed) and event.cause not in (Cause.CANCELLED, Cause.FINISHED):
             wrong = counts.checksum_failures + (event.cause is Cause.CHECKSUM)
             self.handoffs = replace(counts, failed=counts.failed + 1, checksum_failures=wrong)
         elif isinstance(event, Released) and event.acked:

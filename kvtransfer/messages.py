@@ -7,7 +7,7 @@ The life of a hand-off, seen from both engines (P prefill, D decode; -> crosses 
     P  blocks_ready(..)     -> blocks ->   D  (counted)          whole blocks, while the next chunk computes
     P  finish(payload)      -> DONE   ->   D  Landed             all blocks and DONE have arrived
     D  ack()                -> ACK    ->   P  Released(acked)    P drops its hold
-    either  cancel(reason)  -> CANCEL ->   other  Failed; and Released at the one that called it
+    either  cancel(..)      -> CANCEL ->   other  Failed with the cause; and Released at the one that called it
 
 A block that the agent may still read (P) or have written (D) is its own until `Released` names the hand-off.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,11 @@ class Cause(enum.Enum):
 
     FAILED = "failed"
     CANCELLED = "cancelled"  # the peer's worker gave it up; nothing is wrong
+    FINISHED = "finished"  # given up because nothing is left to hand over: every sample ended with its first token
     CHECKSUM = "checksum"  # a block that landed here is not what was sent
+
+
+GivenUp = Literal[Cause.CANCELLED, Cause.FINISHED]  # what a worker may say when it cancels
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +118,7 @@ class HandoffCounts:
     """How hand-offs of one engine ended since its start, on either side. `checksum_failures` are among `failed`."""
 
     acked: int = 0  # as sender
-    failed: int = 0  # cancelled ones left out
+    failed: int = 0  # those given up are not among them
     checksum_failures: int = 0  # as receiver
 
 

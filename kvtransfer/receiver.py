@@ -16,7 +16,7 @@ from collections import deque
 
 from kvbaton.kvtransfer.checksum import LandingCheck
 from kvbaton.kvtransfer.link import HandoffLink, key_of
-from kvbaton.kvtransfer.messages import Cause, Failed, Landed, Landing, Offer, Released
+from kvbaton.kvtransfer.messages import Cause, Failed, GivenUp, Landed, Landing, Offer, Released
 from kvbaton.kvtransfer.states import IllegalTransition, ReceiverState, ReceiverStep, next_receiver_state
 from kvbaton.kvtransfer.transport import Operation
 from kvbaton.kvtransfer.wire import (
@@ -68,10 +68,10 @@ class ReceiveHandoff:
         self._link.send(AckMessage(self.handle))
         self._link.forget(self.handle)
 
-    def cancel(self, reason: str, now: float) -> None:
+    def cancel(self, reason: str, now: float, cause: GivenUp = Cause.CANCELLED) -> None:
         """Given up by the own worker: it hears only Released."""
         if self.live:
-            self._link.send(CancelMessage(self.handle, reason))
+            self._link.send(CancelMessage(self.handle, reason, cause))
             self._end(now)
 
     # what the peer says

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from kvbaton.kvtransfer.checksum import OutgoingSums
 from kvbaton.kvtransfer.link import HandoffLink, key_of
-from kvbaton.kvtransfer.messages import Cause, Failed, Granted, Offer, Released
+from kvbaton.kvtransfer.messages import Cause, Failed, GivenUp, Granted, Offer, Released
 from kvbaton.kvtransfer.states import IllegalTransition, SenderState, SenderStep, next_sender_state
 from kvbaton.kvtransfer.wire import (
     BlocksMessage,
@@ -70,10 +70,10 @@ class SendHandoff:
         self._payload = payload
         self._finish_if_queued()
 
-    def cancel(self, reason: str, now: float) -> None:
+    def cancel(self, reason: str, now: float, cause: GivenUp = Cause.CANCELLED) -> None:
         """Given up by the own worker: it hears only Released."""
         if self.live:
-            self._link.send(CancelMessage(self.handle, reason))
+            self._link.send(CancelMessage(self.handle, reason, cause))
             self._end(now)
 
     # what the peer says

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Iterable
+from dataclasses import replace
 
 from kvbaton.kvtransfer.checksum import BlockSums
 from kvbaton.kvtransfer.crossed_offers import CrossedOffers
@@ -184,7 +185,7 @@ class Session:
             self._backlog.append(message)
         elif self.state is SessionState.OPEN and self.peer is not None:
             if isinstance(message, CancelMessage | FailMessage):
-                message = type(message)(message.handle, message.reason[:MAX_REASON_CHARS])
+                message = replace(message, reason=message.reason[:MAX_REASON_CHARS])
             self.messages += 1
             self.channel.send(self._frames.pack(message, self.peer))
 
@@ -255,7 +256,7 @@ class Session:
             if isinstance(message, OfferMessage):
                 self._on_offer(message)
             elif isinstance(message, CancelMessage | FailMessage):
-                cause = Cause.CANCELLED if isinstance(message, CancelMessage) else Cause.FAILED
+                cause = message.cause if isinstance(message, CancelMessage) else Cause.FAILED
                 if sender is not None:
                     sender.on_peer_end(message.reason, self._now, cause)
                 if receiver is not None:

@@ -7,6 +7,7 @@ SUMS' list of numbers, so that a hostile frame costs its own bytes and nothing m
 Protocol version, spoken in HELLO (handshake.py); raise it with any change here and add a line:
 1  first version
 2  SUMS: checksums of the blocks, where both engines use them; HELLO names the kind as a field of its own
+3  CANCEL has a cause: given up, or nothing left to hand over
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import Any
 
 import msgpack
 
-PROTOCOL_VERSION = 2
+from kvbaton.kvtransfer.messages import Cause, GivenUp
+
+PROTOCOL_VERSION = 3
 MAX_ID_CHARS = 256
 MAX_REASON_CHARS = 1024
 MAX_RENEW_HANDLES = 256
@@ -94,6 +97,7 @@ class CancelMessage:
 
     handle: Handle
     reason: str
+    cause: GivenUp
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +186,12 @@ def _block_tag(value: Any) -> int:
     return value
 
 
+def _cause(value: Any) -> GivenUp:
+    if type(value) is not int or not 0 <= value < len(_CAUSES):
+        raise WireError(f"expected the number of a cause, got {_show(value)}")
+    return _CAUSES[value]
+
+
 def _sums(value: Any) -> tuple[int, ...]:
     if type(value) is not list or not 0 < len(value) <= MAX_SUMS:
         raise WireError(f"expected a list of 1 to {MAX_SUMS} checksums, got {_show(value)}")
@@ -189,6 +199,7 @@ def _sums(value: Any) -> tuple[int, ...]:
 
 
 _U24, _U32, _U63, _U64 = _unsigned(24), _unsigned(32), _unsigned(63), _unsigned(64)
+_CAUSES: tuple[GivenUp, ...] = (Cause.CANCELLED, Cause.FINISHED)
 _REQUEST_ID, _REASON = _text(MAX_ID_CHARS), _text(MAX_REASON_CHARS)
 
 # Type number, class, and the checks of the fields that follow the handle, in the class's order.
@@ -198,7 +209,7 @@ _SCHEMA: tuple[tuple[int, Any, tuple[Callable[[Any], Any], ...]], ...] = (
     (3, BlocksMessage, (_U24, _U24)),
     (4, DoneMessage, (_U24, _binary)),
     (5, AckMessage, ()),
-    (6, CancelMessage, (_REASON,)),
+    (6, CancelMessage, (_REASON, _cause)),
     (7, FailMessage, (_REASON,)),
     (9, SumsMessage, (_U24, _sums)),
 )
@@ -214,7 +225,8 @@ def encode(frame: Frame) -> bytes:
         handles = [part for h in message.handles for part in (h.request_id, h.epoch, h.serial)]
         return _pack([_RENEW, *head, message.stamp_us, message.is_reply, handles])
     handle = message.handle
-    fields = [getattr(message, name) for name in message.__slots__[1:]]
+    values = (getattr(message, name) for name in message.__slots__[1:])
+    fields = [_CAUSES.index(value) if isinstance(value, Cause) else value for value in values]
     return _pack([_KIND_OF[type(message)], *head, handle.request_id, handle.epoch, handle.serial, *fields])
 
 

@@ -33,11 +33,10 @@ from kvbaton.engine.request import TokenOutput
 from kvbaton.engine.sequence import Sequence, Status
 from kvbaton.engine.step_pipeline import LandedRow, StepEngine, StepPipeline
 from kvbaton.kvtransfer.commands import HandoffCommands
-from kvbaton.kvtransfer.messages import Failed, Granted, Landed, Offered, Released
+from kvbaton.kvtransfer.messages import Cause, Failed, Granted, Landed, Offered, Released
 from kvbaton.prefill_worker.prompts import WorkerPrompts
 from kvbaton.router.engine_info import EngineLoad
 
-FINISHED_ON_PREFILL = "finished with its first token"
 DEADLINE_GRACE_S = 1.0  # the ingress is nearer to the client: it is first to say that the time is up
 
 
@@ -198,7 +197,7 @@ class Worker:
             self.outgoing.complete(seq, encode_first_tokens(going_on))  # the leg stays until the ack
         else:
             self.legs.remove(leg)
-            self.outgoing.cancel(leg.key, FINISHED_ON_PREFILL)
+            self.outgoing.cancel(leg.key, "finished with its first token", Cause.FINISHED)
 
     def _landed(self, event: Landed, now: float) -> None:
         try:
@@ -248,7 +247,7 @@ class Worker:
         leg = self.legs.get(event.key) if sender else receiving
         if leg is None:
             return
-        self._end_request(leg, None if event.reason.endswith(FINISHED_ON_PREFILL) else event.reason)
+        self._end_request(leg, None if event.cause is Cause.FINISHED else event.reason)
 
     def _released(self, event: Released) -> None:
         """The network touches the hand-off's blocks no more; at prefill this also ends the request."""

@@ -11,7 +11,18 @@ from dataclasses import replace
 
 import pytest
 
-from kvbaton.kvtransfer.messages import Cause, Failed, Granted, Landed, Landing, Offered, PeerAddress, Released
+from kvbaton.kvtransfer.messages import (
+    Cause,
+    Failed,
+    GivenUp,
+    Granted,
+    HandoffCounts,
+    Landed,
+    Landing,
+    Offered,
+    PeerAddress,
+    Released,
+)
 from kvbaton.kvtransfer.settings import TransferSettings, TransferSettingsError
 from support.transfer_rig import Engine, EngineOptions, Rig, key, kinds, offer
 
@@ -107,6 +118,17 @@ def test_cancel_in_every_state_of_either_side(state: str, side: str) -> None:
         assert own.take() == []
     else:
         assert other.take() == [Failed(key(), "client left", Cause.CANCELLED), Released(key(), acked=False)]
+    rig.assert_nothing_held()
+
+
+@pytest.mark.parametrize("cause", [Cause.CANCELLED, Cause.FINISHED])
+def test_the_cause_of_a_cancel_crosses_the_wire_and_counts_as_no_failure(cause: GivenUp) -> None:
+    rig, prefill, decode = pair()
+    run_to("granted", rig, prefill, decode)
+    prefill.agent.cancel(key(), "over", cause)
+    rig.settle()
+    assert decode.take() == [Failed(key(), "over", cause), Released(key(), acked=False)]
+    assert prefill.agent.counts() == decode.agent.counts() == HandoffCounts()
     rig.assert_nothing_held()
 
 

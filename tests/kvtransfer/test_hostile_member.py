@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from kvbaton.kvtransfer.messages import Landed, Landing, Offered, Released
+from kvbaton.kvtransfer.messages import Cause, Landed, Landing, Offered, Released
 from kvbaton.kvtransfer.session import Session
 from kvbaton.kvtransfer.wire import (
     BLOCK_TAG,
@@ -27,7 +27,7 @@ FOREIGN = {
     "ack": AckMessage,
     "blocks": lambda handle: BlocksMessage(handle, 0, 4),
     "done": lambda handle: DoneMessage(handle, 4, b"wrong"),
-    "cancel": lambda handle: CancelMessage(handle, "not yours"),
+    "cancel": lambda handle: CancelMessage(handle, "not yours", Cause.CANCELLED),
     "fail": lambda handle: FailMessage(handle, "not yours"),
     "renew": lambda handle: RenewMessage(0, False, (handle,)),
 }

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvbaton.kvtransfer.messages import Cause
 from kvbaton.kvtransfer.wire import (
     BLOCK_TAG,
     MAX_SUMS,
@@ -43,7 +44,7 @@ messages = st.one_of(
     ),
     st.builds(DoneMessage, handles, counts, st.binary(max_size=100)),
     st.builds(AckMessage, handles),
-    st.builds(CancelMessage, handles, st.text(max_size=50)),
+    st.builds(CancelMessage, handles, st.text(max_size=50), st.sampled_from((Cause.CANCELLED, Cause.FINISHED))),
     st.builds(FailMessage, handles, st.text(max_size=50)),
     st.builds(RenewMessage, st.integers(0, 2**63 - 1), st.booleans(), st.lists(handles, max_size=5).map(tuple)),
 )
@@ -129,6 +130,9 @@ def test_an_oversized_frame_is_refused_before_it_is_parsed() -> None:
         ([9, 9, 1, 1, "r", 0, 1, 0, [7] * 33], "list of 1 to 32"),
         ([9, 9, 1, 1, "r", 0, 1, 0, [1, -1]], "unsigned 64"),
         ([9, 9, 1, 1, "r", 0, 1, 0, [[1]]], "unsigned 64"),
+        ([6, 9, 1, 1, "r", 0, 1, "why", 2], "cause"),
+        ([6, 9, 1, 1, "r", 0, 1, "why", True], "cause"),
+        ([6, 9, 1, 1, "r", 0, 1, "why"], "fields"),
         ([8, 9, 1, 1, 0, 1, []], "boolean"),
         ([8, 9, 1, 1, 0, True, ["r", 0]], "handles"),
         ([8, 9, 1, 1, 0, True, [["r", 0, 1]] * 3], "string"),

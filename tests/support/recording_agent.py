@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvbaton.kvtransfer.messages import HandoffCounts, HandoffKey, Landing, Offer, PeerAddress
+from kvbaton.kvtransfer.messages import Cause, GivenUp, HandoffCounts, HandoffKey, Landing, Offer, PeerAddress
 
 
 class RecordingAgent:
@@ -28,8 +28,8 @@ class RecordingAgent:
     def ack(self, key: HandoffKey) -> None:
         self.calls.append(("ack", key))
 
-    def cancel(self, key: HandoffKey, reason: str) -> None:
-        self.calls.append(("cancel", reason))
+    def cancel(self, key: HandoffKey, reason: str, cause: GivenUp = Cause.CANCELLED) -> None:
+        self.calls.append(("cancel", (reason, cause)))
 
     def counts(self) -> HandoffCounts:
         return HandoffCounts()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from kvbaton.cluster.host.worker import FINISHED_ON_PREFILL
 from kvbaton.engine.config import BatchConfig
 from kvbaton.engine.first_tokens import decode_first_tokens, encode_first_tokens
 from kvbaton.engine.orders import Abort, LegKind
 from kvbaton.engine.outgoing import OutgoingState
 from kvbaton.engine.request import FinishReason, Request, SamplingParams
-from kvbaton.kvtransfer.messages import Failed, HandoffKey, Landed, Landing, Offer, Offered, Released
+from kvbaton.kvtransfer.messages import Cause, Failed, HandoffKey, Landed, Landing, Offer, Offered, Released
 from support.toy_engine import ToyEngine, expected_tokens
 from support.worker_bench import PEER, SESSION, WorkerBench, prompt_of, request
 
@@ -192,7 +191,7 @@ class TestPrefillLeg:
         bench.submit(request("p", prompt_of(6), max_tokens=1), LegKind.PREFILL)
         bench.run()
         assert bench.finish("p") is FinishReason.LENGTH
-        assert bench.agent.calls[-1] == ("cancel", FINISHED_ON_PREFILL)
+        assert bench.agent.calls[-1] == ("cancel", ("finished with its first token", Cause.FINISHED))
         bench.worker.handle(Released(HandoffKey("p", 0), acked=False), bench.now)
         bench.assert_clean()
 
@@ -303,7 +302,7 @@ class TestDecodeLeg:
     def test_offer_that_does_not_match_the_submit_is_refused(self, bench: ToyBench) -> None:
         bench.submit(request("d", prompt_of(12)), LegKind.DECODE)
         bench.worker.handle(Offered(Offer(HandoffKey("d", 0), 13, 4), PEER), bench.now)
-        assert bench.agent.calls == [("cancel", "offer of 13 tokens in 4 blocks, expected 12 in 3")]
+        assert bench.agent.calls == [("cancel", ("offer of 13 tokens in 4 blocks, expected 12 in 3", Cause.CANCELLED))]
 
     def test_offer_without_a_submit_expires(self, bench: ToyBench) -> None:
         bench.worker.handle(Offered(Offer(HandoffKey("x", 0), 12, 3), PEER), bench.now)
@@ -311,6 +310,22 @@ class TestDecodeLeg:
         bench.step()
         assert bench.agent.names() == ["cancel"]
         bench.worker.handle(Released(HandoffKey("x", 0), acked=False), bench.now)
+        bench.assert_clean()
+
+    @pytest.mark.parametrize(
+        ("cause", "told"),
+        [(Cause.FINISHED, []), (Cause.CANCELLED, [(FinishReason.ERROR, "all is finished")])],
+        ids=lambda value: value.name if isinstance(value, Cause) else "",
+    )
+    def test_only_the_cause_tells_a_finished_request_from_a_broken_one(
+        self, bench: ToyBench, cause: Cause, told: list[object]
+    ) -> None:
+        """Guards control flow that hangs on the words of a reason: prefill has told the ingress the end itself."""
+        self.land(bench, request("d", prompt_of(10)), "so")
+        bench.worker.handle(Failed(HandoffKey("d", 0), "all is finished", cause), bench.now)
+        bench.collect()
+        assert [(o.finish, o.error) for o in bench.outputs] == told
+        bench.worker.handle(Released(HandoffKey("d", 0), acked=False), bench.now)
         bench.assert_clean()
 
     @pytest.mark.parametrize("state", ["expected", "waiting", "granted", "running", "preempted"])
