@@ -36,7 +36,7 @@ from kvbaton.engine.model.native_decoder import native_decoder
 from kvbaton.engine.runner import ForwardPass, Runner
 from kvbaton.engine.sampling.device_sampler import DeviceSampler
 from kvbaton.kernels.backend import MAX_GATHERED_TOKENS, Kernels, kernels_for
-from kvbaton.kernels.kv_dtype import FP8
+from kvbaton.kernels.quantization import FP8
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from kvbaton.engine.sampling.logprobs import token_logprobs
 from kvbaton.engine.sampling.sampler import Draw, sample_tokens
 from kvbaton.engine.sequence import Sequence
 from kvbaton.engine.token_feed import TokenFeed
-from kvbaton.kernels.draw import draw_kernels_for
+from kvbaton.kernels.backend import draw_kernels_for
 from kvbaton.kernels.meta import AttentionMeta, build_attention_meta
 
 LOGPROB_ROWS = 128  # prompt tokens whose logits [LOGPROB_ROWS, vocab] exist at a time

@@ -1,4 +1,6 @@
-"""The seam between the model and the device: one `Kernels` per device type.
+"""The seam between the engine and the device: what each kind of device computes with, and which kernels those are.
+
+`Kernels` serves the decoder, `DrawKernels` (in `draw`) the sampler.
 
 `num_tokens` rows of a ragged batch, `num_heads` query heads, `num_kv_heads` of K and V. The KV pool is one tensor
 `kv_cache [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]` with K at index 0 and V at 1.
@@ -10,8 +12,9 @@ from typing import Protocol
 
 import torch
 
-from kvbaton.kernels.kv_dtype import FP8
+from kvbaton.kernels.draw import DrawKernels, TorchDraw
 from kvbaton.kernels.meta import AttentionMeta
+from kvbaton.kernels.quantization import FP8
 
 MAX_GATHERED_TOKENS = 1 << 16  # of a step's contexts, for torch's flash attention; with more, Triton's kernel runs
 
@@ -72,14 +75,6 @@ class Kernels(Protocol):
         """Causal attention of q [num_tokens, num_heads, head_dim] over the pool, decode rows and chunks mixed."""
         ...
 
-    def gather_blocks(self, kv_cache: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
-        """Blocks `block_ids [n]` as one new tensor [n, num_layers, 2, num_kv_heads, block_size, head_dim]."""
-        ...
-
-    def scatter_blocks(self, staging: torch.Tensor, kv_cache: torch.Tensor, block_ids: torch.Tensor) -> None:
-        """Write staging [n, ...] to the distinct blocks `block_ids [n]` of `kv_cache`."""
-        ...
-
     def copy_blocks(self, kv_cache: torch.Tensor, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:
         """Copy block src_ids[i] to dst_ids[i]; no destination occurs twice or among the sources."""
         ...
@@ -94,14 +89,22 @@ def kernels_for(device: torch.device, kv_dtype: torch.dtype | None = None, flash
     if device.type == "cuda":
         from kvbaton.kernels.triton_backend import TritonKernels
 
-        return TritonKernels(flash_prefill)
+        return TritonKernels(MAX_GATHERED_TOKENS if flash_prefill else 0)
     if device.type == "cpu" and kv_dtype is FP8:
         from kvbaton.kernels import reference
 
         return reference
     if device.type == "cpu":
-        from kvbaton.kernels.cpu import CpuKernels
-        from kvbaton.kernels.native_attention import native_attention
+        from kvbaton.kernels.cpu import CpuKernels, native_attention
 
         return CpuKernels(native_attention())
     raise ValueError(f"no kernels for device {device}: use cpu or cuda")
+
+
+def draw_kernels_for(device: torch.device) -> DrawKernels:
+    """Triton on CUDA, torch elsewhere."""
+    if device.type == "cuda":
+        from kvbaton.kernels import triton_draw
+
+        return triton_draw
+    return TorchDraw()

@@ -4,23 +4,67 @@
   `index_select` for K and V and hands them to torch's fused attention. The query heads of one KV head become its query
   rows, so nothing is repeated for GQA.
 * Prefill runs a sequence at a time in tiles of queries that see only the keys up to their own last position.
-* Everything that depends on the step and not on the layer (`cpu_plan`, rotary factors, slots) is computed once a step.
+* Everything that depends on the step and not on the layer is computed once a step: see `cpu_plan`.
 """
 
 from __future__ import annotations
+
+import ctypes
 
 import torch
 import torch.nn.functional as F
 
 from kvbaton.kernels import reference
-from kvbaton.kernels.cpu_plan import QUERY_TILE, CpuPlan, DecodeGroup, PoolShape, PrefillSpan
-from kvbaton.kernels.cpu_step import CpuStep
+from kvbaton.kernels.cpu_plan import QUERY_TILE, CpuPlan, CpuStep, DecodeGroup, PoolShape, PrefillSpan
+from kvbaton.kernels.host_memory import Workspace
 from kvbaton.kernels.meta import AttentionMeta
-from kvbaton.kernels.native_attention import NativeAttention
+from kvbaton.kernels.native_lib import DTYPE_CODES, HeadsStruct, Team, batch_struct, native_library
 
 # With this many rows, MKL's float32 product differs in the last bit between torch's main and worker threads, so a
 # result would depend on where its batch put it. With one row more it does not.
 UNSTABLE_GROUPS = (1, 3)
+
+
+class NativeAttention:
+    """Paged attention by the native library, straight from the pool; one thread at a time."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._team = Team(library)
+        self._workspace = Workspace()
+
+    @staticmethod
+    def fits(q: torch.Tensor, kv_cache: torch.Tensor) -> bool:
+        """Same known dtype, pool in its own layout, and an even head size, for bfloat16 comes in pairs."""
+        known = q.dtype is kv_cache.dtype and q.dtype in DTYPE_CODES
+        return known and kv_cache.is_contiguous() and q.shape[-1] % 2 == 0
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        layer: int,
+        meta: AttentionMeta,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """As `Kernels.paged_attention`: q [num_tokens, num_heads, head_dim] -> same shape."""
+        q = q.contiguous()
+        out = torch.empty_like(q)
+        code, kv_heads = DTYPE_CODES[q.dtype], kv_cache.shape[3]
+        heads = HeadsStruct(code, q.shape[1], kv_heads, q.shape[2], 0, layer, sliding_window or 0, scale)
+        batch = batch_struct(meta, kv_cache)
+        heads_at, batch_at = ctypes.addressof(heads), ctypes.addressof(batch)
+        team = self._team.handle()
+        work = self._workspace.pointer(self._library.kvb_attention_bytes(heads_at, batch_at, self._team.size))
+        self._library.kvb_attention(team, heads_at, batch_at, q.data_ptr(), out.data_ptr(), work)
+        return out
+
+
+def native_attention() -> NativeAttention | None:
+    """None where there is no native library."""
+    library = native_library()
+    return None if library is None else NativeAttention(library)
 
 
 class CpuKernels:
@@ -89,12 +133,6 @@ class CpuKernels:
             rows = slice(span.row, span.row + span.num_queries)
             _prefill(q[rows], tiles, span, plan, scale, out[rows])
         return out
-
-    def gather_blocks(self, kv_cache: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
-        return reference.gather_blocks(kv_cache, block_ids)
-
-    def scatter_blocks(self, staging: torch.Tensor, kv_cache: torch.Tensor, block_ids: torch.Tensor) -> None:
-        reference.scatter_blocks(staging, kv_cache, block_ids)
 
     def copy_blocks(self, kv_cache: torch.Tensor, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:
         reference.copy_blocks(kv_cache, src_ids, dst_ids)

@@ -16,6 +16,8 @@ from typing import Protocol
 
 import torch
 
+from kvbaton.kernels.native_lib import native_library
+
 WEIGHT_BITS = 44  # up to 2**18 tokens: sums stay below 2**62
 _ROUNDS = 10
 _LOW = 0xFFFFFFFF
@@ -53,15 +55,6 @@ class DrawKernels(Protocol):
         ...
 
 
-def draw_kernels_for(device: torch.device) -> DrawKernels:
-    """Triton on CUDA, torch elsewhere."""
-    if device.type == "cuda":
-        from kvbaton.kernels import triton_draw
-
-        return triton_draw
-    return TorchDraw()
-
-
 class TorchDraw:
     """Plain torch, on any device. Holds several float64 tensors of the logits' size at a time."""
 
@@ -85,6 +78,17 @@ class TorchDraw:
     def fill_tokens(self, token_ids: torch.Tensor, drawn: torch.Tensor) -> None:
         taken = drawn[(-1 - token_ids).clamp(min=0)].clamp(min=0)
         token_ids.copy_(torch.where(token_ids < 0, taken, token_ids))
+
+
+def best_tokens(logits: torch.Tensor) -> torch.Tensor:  # [rows] int64
+    """As `Tensor.argmax` over each row of logits [rows, vocab], at the speed of memory on the CPU too."""
+    library = native_library() if logits.device.type == "cpu" and logits.dtype is torch.float32 else None
+    if library is None:
+        return logits.argmax(-1)
+    values = logits.contiguous()
+    best = torch.empty(values.shape[0], dtype=torch.int64)
+    library.kvb_argmax(values.data_ptr(), values.shape[0], values.shape[1], best.data_ptr())
+    return best
 
 
 def philox_keys(rows: DrawRows) -> torch.Tensor:

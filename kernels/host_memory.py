@@ -18,3 +18,20 @@ def zeroed_memory(num_bytes: int) -> torch.Tensor:  # [num_bytes] uint8
         with contextlib.suppress(OSError):  # a kernel built without them: the request is only a wish
             pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+class Workspace:
+    """Scratch memory that grows to the largest step seen; what was in it is lost at each call."""
+
+    def __init__(self) -> None:
+        self._memory = zeroed_memory(1)
+
+    def bytes(self, num_bytes: int) -> torch.Tensor:
+        """[num_bytes] uint8, page-aligned."""
+        if num_bytes > self._memory.numel():
+            self._memory = zeroed_memory(num_bytes)
+        return self._memory[:num_bytes]
+
+    def pointer(self, num_bytes: int) -> int:
+        """Address of at least `num_bytes`."""
+        return self.bytes(num_bytes).data_ptr()

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from kvbaton.kernels.host_memory import zeroed_memory
 from kvbaton.kernels.meta import AttentionMeta
 from kvbaton.kernels.native_build import NativeUnavailable, built_library
 
@@ -174,20 +173,3 @@ class Team:
 
     def __del__(self) -> None:
         self.close()
-
-
-class Workspace:
-    """Scratch memory that grows to the largest step seen; what was in it is lost at each call."""
-
-    def __init__(self) -> None:
-        self._memory = zeroed_memory(1)
-
-    def bytes(self, num_bytes: int) -> torch.Tensor:
-        """[num_bytes] uint8, page-aligned."""
-        if num_bytes > self._memory.numel():
-            self._memory = zeroed_memory(num_bytes)
-        return self._memory[:num_bytes]
-
-    def pointer(self, num_bytes: int) -> int:
-        """Address of at least `num_bytes`."""
-        return self.bytes(num_bytes).data_ptr()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kvbaton.kernels.kv_dtype import storage, to_kv
 from kvbaton.kernels.meta import AttentionMeta
+from kvbaton.kernels.quantization import storage, to_kv
 
 _OUTPUTS = 8192
 
@@ -165,16 +165,6 @@ def paged_attention(
     return ragged_prefill_attention(
         q, kv_cache, layer, meta.block_tables, meta.cu_seqlens_q, meta.context_lens, scale, sliding_window
     )
-
-
-def gather_blocks(kv_cache: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
-    """[n] -> [n, num_layers, 2, num_kv_heads, block_size, head_dim], a copy."""
-    return storage(kv_cache).index_select(0, block_ids).view(kv_cache.dtype)
-
-
-def scatter_blocks(staging: torch.Tensor, kv_cache: torch.Tensor, block_ids: torch.Tensor) -> None:
-    """staging [n, ...] to the distinct blocks `block_ids [n]`."""
-    storage(kv_cache).index_copy_(0, block_ids.long(), storage(staging))
 
 
 def copy_blocks(kv_cache: torch.Tensor, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:

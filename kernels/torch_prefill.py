@@ -14,9 +14,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from kvbaton.kernels.backend import MAX_GATHERED_TOKENS
 from kvbaton.kernels.meta import AttentionMeta
-from kvbaton.kernels.triton_gather import gather_context
+from kvbaton.kernels.triton_copy import gather_context
 
 
 class VarlenAttention(Protocol):
@@ -76,8 +75,3 @@ def gathered_prefill_attention(
     cu_seqlens_k = F.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
     k, v = gather_context(kv_cache[:, layer], meta.block_tables[n:], cu_seqlens_k, sum(contexts), longest[1], q.dtype)
     return attention(q, k, v, meta.cu_seqlens_q[n:] - n, cu_seqlens_k, longest, scale, sliding_window)
-
-
-def gatherable(meta: AttentionMeta) -> bool:
-    """Whether there are rows behind the decode rows, and their contexts are no longer than can be gathered."""
-    return 0 < sum(meta.context_lens_host[meta.num_decodes :]) <= MAX_GATHERED_TOKENS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvbaton.kernels import (
-    triton_blocks,
+    triton_copy,
     triton_decode,
     triton_linear,
     triton_pointwise,
@@ -13,15 +13,16 @@ from kvbaton.kernels import (
     triton_rope,
 )
 from kvbaton.kernels.meta import AttentionMeta
-from kvbaton.kernels.torch_prefill import gatherable, gathered_prefill_attention
+from kvbaton.kernels.torch_prefill import gathered_prefill_attention
 
 
 class TritonKernels:
-    """`Kernels` on CUDA. No launch waits for the device or reads from it. `flash_prefill`: prompt chunks attend by
-    torch's flash attention, see `torch_prefill`."""
+    """`Kernels` on CUDA. No launch waits for the device or reads from it."""
 
-    def __init__(self, flash_prefill: bool = False) -> None:
-        self._flash_prefill = flash_prefill
+    def __init__(self, max_gathered_tokens: int = 0) -> None:
+        """Prompt chunks attend by torch's flash attention, see `torch_prefill`, where the contexts of a step's chunks
+        are no longer than `max_gathered_tokens` together."""
+        self._max_gathered_tokens = max_gathered_tokens
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return triton_pointwise.rms_norm(x, weight, eps)
@@ -67,7 +68,7 @@ class TritonKernels:
         tables, lens = meta.block_tables, meta.context_lens
         width = -(-max(meta.context_lens_host[:n], default=0) // meta.block_size)
         triton_decode.decode_into(out[:n], q[:n], cache, tables[:n, :width], lens[:n], scale, sliding_window)
-        if self._flash_prefill and gatherable(meta):
+        if 0 < sum(meta.context_lens_host[n:]) <= self._max_gathered_tokens:
             out[n:] = gathered_prefill_attention(q[n:], kv_cache, layer, meta, scale, sliding_window)
             return out
         triton_prefill.prefill_into(
@@ -75,11 +76,5 @@ class TritonKernels:
         )
         return out
 
-    def gather_blocks(self, kv_cache: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
-        return triton_blocks.gather_blocks(kv_cache, block_ids)
-
-    def scatter_blocks(self, staging: torch.Tensor, kv_cache: torch.Tensor, block_ids: torch.Tensor) -> None:
-        triton_blocks.scatter_blocks(staging, kv_cache, block_ids)
-
     def copy_blocks(self, kv_cache: torch.Tensor, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:
-        triton_blocks.copy_blocks(kv_cache, src_ids, dst_ids)
+        triton_copy.copy_blocks(kv_cache, src_ids, dst_ids)

@@ -1,9 +1,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-"""K and V of whole contexts, copied out of the pool's blocks into one row a token, sequence after sequence.
+"""Copies out of the pool: whole blocks to other blocks, and contexts to one row a token.
 
-    grid (TOKENS tokens of a context, sequence, kv head)
+    copy_blocks      grid (block, CHUNK elements)
+    gather_context   grid (TOKENS tokens of a context, sequence, kv head)
 
-What attention that knows no block tables reads. Stored 8-bit floats become the dtype of the result.
+A block is one contiguous range. Contexts as rows, sequence after sequence, are what attention that knows no block
+tables reads; there stored 8-bit floats become the dtype of the result.
 """
 
 from __future__ import annotations
@@ -12,7 +14,28 @@ import torch
 import triton
 import triton.language as tl
 
+from kvbaton.kernels.quantization import storage
+
+CHUNK = 4096
 TOKENS = 32
+
+
+@triton.jit
+def copy_blocks_kernel(
+    src_ptr,  # [blocks, block_elements] contiguous; so is dst, here the same pool
+    dst_ptr,
+    src_ids_ptr,  # [n]
+    dst_ids_ptr,  # [n]
+    block_elements,
+    CHUNK: tl.constexpr,
+):
+    index = tl.program_id(0)
+    src = tl.load(src_ids_ptr + index).to(tl.int64)
+    dst = tl.load(dst_ids_ptr + index).to(tl.int64)
+    offset = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    mask = offset < block_elements
+    value = tl.load(src_ptr + src * block_elements + offset, mask=mask)
+    tl.store(dst_ptr + dst * block_elements + offset, value, mask=mask)
 
 
 @triton.jit
@@ -47,6 +70,17 @@ def gather_context_kernel(
     v = tl.load(src + KV_HEADS * BLOCK_SIZE * HEAD_DIM, mask=mask, other=0.0)
     tl.store(k_ptr + dst, k.to(k_ptr.dtype.element_ty), mask=mask)
     tl.store(v_ptr + dst, v.to(v_ptr.dtype.element_ty), mask=mask)
+
+
+def copy_blocks(kv_cache: torch.Tensor, src_ids: torch.Tensor, dst_ids: torch.Tensor) -> None:
+    """Block src_ids[i] to dst_ids[i]; no destination occurs twice or among the sources."""
+    if not len(src_ids):
+        return
+    pool = storage(kv_cache)
+    elements = pool.stride(0)
+    copy_blocks_kernel[(len(src_ids), triton.cdiv(elements, CHUNK))](
+        pool, pool, src_ids, dst_ids, elements, CHUNK=CHUNK, num_warps=8
+    )
 
 
 def gather_context(

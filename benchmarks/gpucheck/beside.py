@@ -20,7 +20,7 @@ from kvbaton.engine.config import GPU_BLOCK_SIZE
 from kvbaton.engine.model.model_config import ModelConfig
 from kvbaton.kernels.meta import build_attention_meta
 from kvbaton.kernels.torch_prefill import flash_attention
-from kvbaton.kernels.triton_gather import gather_context
+from kvbaton.kernels.triton_copy import gather_context
 from kvbaton.kernels.triton_linear import linear_int8
 from kvbaton.kernels.triton_prefill import ragged_prefill_attention
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from kvbaton.engine.config import GPU_BLOCK_SIZE
-from kvbaton.kernels.kv_dtype import storage, to_kv
 from kvbaton.kernels.meta import AttentionMeta, build_attention_meta
+from kvbaton.kernels.quantization import storage, to_kv
 
 LAYERS, LAYER = 2, 1
 

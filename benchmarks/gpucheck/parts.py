@@ -22,7 +22,7 @@ from gpucheck.rig import BATCHES, Rig
 from gpucheck.timing import Clock
 
 from kvbaton.kernels.backend import Kernels, kernels_for
-from kvbaton.kernels.kv_dtype import FP8
+from kvbaton.kernels.quantization import FP8
 
 Found = tuple[str, object]
 

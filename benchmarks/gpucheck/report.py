@@ -188,10 +188,10 @@ def _prefill_table(title: str, results: list[PrefillResult]) -> list[str]:
 
 def _blocks(report: Report) -> list[str]:
     rows = [
-        (r.model, r.what, f"{r.block_bytes}", f"{r.moved_bytes / r.seconds / 1e9:.0f}", f"{r.share:.0%}", _yes(r.met))
+        (r.model, f"{r.block_bytes}", f"{r.moved_bytes / r.seconds / 1e9:.0f}", f"{r.share:.0%}", _yes(r.met))
         for r in report.blocks
     ]
-    return table("Block copies", ("model", "what", "block bytes", "GB/s", "of copy rate", "met"), rows)
+    return table("Block copies", ("model", "block bytes", "GB/s", "of copy rate", "met"), rows)
 
 
 def _attention(report: Report) -> list[str]:

@@ -88,7 +88,6 @@ class OverlapResult:
 @dataclass(frozen=True, slots=True)
 class BlockResult:
     model: str
-    what: str
     block_bytes: int
     moved_bytes: int
     seconds: float

@@ -144,15 +144,8 @@ def block_copies(rig: Rig, name: str, clock: Clock, found: Ceilings) -> Iterator
     count = max(1, min(rig.num_blocks // 4, (1 << 30) // rig.cache.block_bytes))
     ids = torch.randperm(rig.num_blocks, device=rig.device)
     here, there = ids[:count], ids[count : 2 * count]
-    staging = rig.kernels.gather_blocks(pool, here)
-    runs = {
-        "gather": lambda: rig.kernels.gather_blocks(pool, here),
-        "scatter": lambda: rig.kernels.scatter_blocks(staging, pool, there),
-        "copy": lambda: rig.kernels.copy_blocks(pool, here, there),
-    }
-    moved = 2 * count * rig.cache.block_bytes
-    for what, run in runs.items():
-        yield BlockResult(name, what, rig.cache.block_bytes, moved, clock.device_s(run), found.copy_bytes_s)
+    seconds = clock.device_s(lambda: rig.kernels.copy_blocks(pool, here, there))
+    yield BlockResult(name, rig.cache.block_bytes, 2 * count * rig.cache.block_bytes, seconds, found.copy_bytes_s)
 
 
 def draws(clock: Clock, tiny: bool) -> Iterator[DrawResult]:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from kvbaton.kernels.int8 import quantize_into
+from kvbaton.kernels.quantization import quantize_into
 
 
 @dataclass(frozen=True, slots=True)
 class Int8Matrix:
-    """Row o stands for weight[o] * scale[o]; see `kernels.int8`."""
+    """Row o stands for weight[o] * scale[o]; see `kernels.quantization`."""
 
     weight: torch.Tensor  # [out, in] int8
     scale: torch.Tensor  # [out] float32
@@ -33,10 +33,6 @@ class Int8Matrix:
     def copy_(self, source: torch.Tensor) -> None:
         """Quantize source [out, in] into this; raises ValueError for values that are not finite."""
         quantize_into(source, self.weight, self.scale)
-
-    def dequantized(self) -> torch.Tensor:
-        """[out, in] float32."""
-        return self.weight.float() * self.scale.unsqueeze(1)
 
 
 Matrix = torch.Tensor | Int8Matrix

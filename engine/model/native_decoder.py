@@ -14,8 +14,9 @@ import torch
 from kvbaton.engine.model.decoder import Decoder
 from kvbaton.engine.model.native_weights import NativeWeights, pack_decoder
 from kvbaton.engine.model.weights import MlpWeights
+from kvbaton.kernels.host_memory import Workspace
 from kvbaton.kernels.meta import AttentionMeta
-from kvbaton.kernels.native_lib import DTYPE_CODES, Team, Workspace, batch_struct, native_library
+from kvbaton.kernels.native_lib import DTYPE_CODES, Team, batch_struct, native_library
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from kvbaton.engine.request import SamplingParams
 from kvbaton.engine.sampling.logit_edits import needs_edits
 from kvbaton.engine.sampling.sampler import LEAST_TEMPERATURE, Draw, sample_tokens
 from kvbaton.engine.sequence import Sequence
-from kvbaton.kernels.draw import WEIGHT_BITS, DrawKernels, DrawRows, draw_kernels_for
+from kvbaton.kernels.backend import draw_kernels_for
+from kvbaton.kernels.draw import WEIGHT_BITS, DrawKernels, DrawRows
 
 HORIZON = 1024
 TOO_WIDE = -1  # of a row whose cut lies beyond the horizon

@@ -20,7 +20,7 @@ from kvbaton.engine.sampling.logprobs import token_logprobs
 from kvbaton.engine.sampling.philox import draw_keys
 from kvbaton.engine.sampling.token_draw import draw_tokens
 from kvbaton.engine.sequence import Sequence
-from kvbaton.kernels.argmax import best_tokens
+from kvbaton.kernels.draw import best_tokens
 
 LEAST_TEMPERATURE = 1e-5  # below, the best token has all the probability that a float can tell from 1
 

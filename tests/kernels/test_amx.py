@@ -20,9 +20,8 @@ from kvbaton.engine.greedy import generate
 from kvbaton.engine.model.model_loader import load_model
 from kvbaton.engine.model.native_decoder import NativeDecoder, native_decoder
 from kvbaton.engine.tiny import probe_prompts
-from kvbaton.kernels.cpu import CpuKernels
+from kvbaton.kernels.cpu import CpuKernels, NativeAttention
 from kvbaton.kernels.meta import build_attention_meta
-from kvbaton.kernels.native_attention import NativeAttention
 from kvbaton.kernels.native_build import SOURCES
 from kvbaton.kernels.native_lib import native_library
 from support.amx_build import PANEL, Products, build, compiler_with

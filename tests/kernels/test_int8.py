@@ -7,10 +7,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from kvbaton.kernels import int8, reference
+from kvbaton.kernels import quantization, reference
 from kvbaton.kernels.backend import Kernels
 from kvbaton.kernels.cpu import CpuKernels
-from kvbaton.kernels.int8 import quantize_into
+from kvbaton.kernels.quantization import quantize_into
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -77,7 +77,7 @@ def test_pieces_and_views_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None
     source = rows(29, 50, seed=4)
     kept = source.clone()
     want = quantized(source)
-    monkeypatch.setattr(int8, "_CHUNK_ELEMENTS", 150)
+    monkeypatch.setattr(quantization, "_CHUNK_ELEMENTS", 150)
     weight, scale = torch.full((40, 50), 9, dtype=torch.int8), torch.full((40,), 9.0)
     quantize_into(source, weight[5:34], scale[5:34])
     assert torch.equal(weight[5:34], want[0])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvbaton.kernels.argmax import best_tokens
+from kvbaton.kernels.draw import best_tokens
 from kvbaton.kernels.native_build import NativeUnavailable, built_library
 from kvbaton.kernels.native_lib import native_library
 

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-calls
 """Compiles every Triton kernel for sm_90 without a GPU and reports what ptxas made of it.
 
-    python -m kvbaton.kernels.aot
+    PYTHONPATH=src python tests/support/triton_aot.py
 
 Registers and spills come from ptxas on Triton's PTX, shared memory from Triton's own metadata. The shapes are those of
 real models, so that a change which starts to spill, or no longer fits an SM, is seen on any machine.
@@ -25,16 +25,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvbaton.kernels import (
-    triton_blocks,
+    triton_copy,
     triton_decode,
     triton_draw,
-    triton_gather,
     triton_linear,
     triton_pointwise,
     triton_prefill,
     triton_rope,
 )
-from kvbaton.kernels.kv_dtype import FP8
+from kvbaton.kernels.quantization import FP8
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_LIMIT_BYTES = 227 * 1024
@@ -158,8 +157,8 @@ def attention_specs(model: ModelShape) -> Iterator[KernelSpec]:
 def gather_spec(model: ModelShape) -> KernelSpec:
     """K and V of contexts as rows."""
     sizes = (("KV_HEADS", model.kv_heads), ("HEAD_DIM", model.head_dim), ("BLOCK_SIZE", model.block_size))
-    padded = (("DIM_PAD", triton.next_power_of_2(model.head_dim)), ("TOKENS", triton_gather.TOKENS))
-    kernel = triton_gather.gather_context_kernel
+    padded = (("DIM_PAD", triton.next_power_of_2(model.head_dim)), ("TOKENS", triton_copy.TOKENS))
+    kernel = triton_copy.gather_context_kernel
     return KernelSpec("gather context", kernel, model.dtype, (*sizes, *padded), 4, kv_dtype=model.kv_dtype)
 
 
@@ -172,9 +171,8 @@ def layer_specs(model: ModelShape) -> Iterator[KernelSpec]:
     silu = (("BLOCK", triton_pointwise.SILU_BLOCK),)
     yield KernelSpec("silu_mul", triton_pointwise.silu_mul_kernel, model.dtype, silu, 4)
     yield rope_spec(model)
-    for label, src, dst in (("gather", True, False), ("scatter", False, True), ("copy", True, True)):
-        copy = (("SRC_IDS", src), ("DST_IDS", dst), ("CHUNK", triton_blocks.CHUNK))
-        yield KernelSpec(f"{label} blocks", triton_blocks.copy_blocks_kernel, model.dtype, copy, 8)
+    copy = (("CHUNK", triton_copy.CHUNK),)
+    yield KernelSpec("copy blocks", triton_copy.copy_blocks_kernel, model.dtype, copy, 8)
 
 
 def rope_spec(model: ModelShape) -> KernelSpec:

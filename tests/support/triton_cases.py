@@ -21,7 +21,7 @@ import torch
 
 from kvbaton.kernels import reference
 from kvbaton.kernels.draw import DrawRows, TorchDraw
-from kvbaton.kernels.kv_dtype import FP8, storage, to_kv
+from kvbaton.kernels.quantization import FP8, storage, to_kv
 from support.kernel_cases import Case, Shape, make_case
 
 MIXED = ((1, 1, 1, 5, 40), (1, 33, 290, 40, 75))
@@ -105,7 +105,7 @@ def gathered(shape: Shape, pool_dtype: torch.dtype | None, device: torch.device)
 
 def gathered_in_company(device: torch.device) -> None:
     """Decode rows go to the split kernel, chunks to torch; to Triton where their contexts are too long to gather."""
-    from kvbaton.kernels import torch_prefill, triton_backend
+    from kvbaton.kernels import triton_backend
 
     case, _, _ = _written(replace(_BASE, dtype=torch.float16, head_dim=24), device)
     args = (case.q, case.kv_cache, 1, case.meta, case.scale, None)
@@ -116,11 +116,10 @@ def gathered_in_company(device: torch.device) -> None:
         gathered.append(len(q))
         return want[-len(q) :]  # what it computes is checked by itself
 
-    kernels = triton_backend.TritonKernels(flash_prefill=True)
+    kernels = triton_backend.TritonKernels(max_gathered_tokens=115)
     with patch.object(triton_backend, "gathered_prefill_attention", counted):
         close(kernels.paged_attention(*args), want)
-        with patch.object(torch_prefill, "MAX_GATHERED_TOKENS", 114):
-            close(kernels.paged_attention(*args), want)
+        close(triton_backend.TritonKernels(max_gathered_tokens=114).paged_attention(*args), want)
         decodes = _written(Shape((1, 1), (3, 18), head_dim=24, dtype=torch.float16), device)[0]
         args = (decodes.q, decodes.kv_cache, 1, decodes.meta, decodes.scale, None)
         close(kernels.paged_attention(*args), reference.paged_attention(*args))
@@ -189,7 +188,7 @@ def pointwise(dtype: torch.dtype, width: int, device: torch.device) -> None:
 
 
 def blocks(dtype: torch.dtype, device: torch.device) -> None:
-    """Gather, scatter and copy move whole blocks, bit for bit, and nothing else."""
+    """Copies move whole blocks, bit for bit, and nothing else."""
     from kvbaton.kernels.triton_backend import TritonKernels
 
     ours, g = TritonKernels(), torch.Generator().manual_seed(1)
@@ -199,10 +198,6 @@ def blocks(dtype: torch.dtype, device: torch.device) -> None:
         one, two = (torch.tensor(ids, dtype=index, device=device) for ids in ([8, 1, 4], [0, 7, 5]))
         ours.copy_blocks(pool, one, two)
         reference.copy_blocks(want, one, two)
-        staging = ours.gather_blocks(pool, one)
-        assert torch.equal(storage(staging), storage(want)[one.long()])
-        ours.scatter_blocks(staging, pool, two.flip(0))
-        reference.scatter_blocks(staging, want, two.flip(0))
         assert torch.equal(storage(pool), storage(want))
         ours.copy_blocks(pool, one[:0], two[:0])
         assert torch.equal(storage(pool), storage(want))

@@ -12,7 +12,7 @@ from kvbaton.engine.config import CacheConfig, ConfigError, EngineConfig
 from kvbaton.engine.engine import Engine
 from kvbaton.engine.kv.kv_cache import KVCache, KVGeometry
 from kvbaton.kernels import reference
-from kvbaton.kernels.kv_dtype import FP8, FP8_MAX, storage, to_kv
+from kvbaton.kernels.quantization import FP8, FP8_MAX, storage, to_kv
 from support.engine_driver import EngineDriver
 from support.oracle import TinyModels, oracle_logits, prompts
 
@@ -45,10 +45,7 @@ def test_blocks_are_half_as_large_and_move_as_bytes() -> None:
     pool = storage(cache.pool)
     pool.copy_(torch.randint(0, 256, pool.shape, dtype=torch.uint8))  # NaNs among them
     before = pool.clone()
-    staging = reference.gather_blocks(cache.pool, torch.tensor([3, 0]))
-    assert staging.dtype is FP8
-    reference.copy_blocks(cache.pool, torch.tensor([3]), torch.tensor([1]))
-    reference.scatter_blocks(staging, cache.pool, torch.tensor([4, 2]))
+    reference.copy_blocks(cache.pool, torch.tensor([3, 3, 0]), torch.tensor([1, 4, 2]))
     assert torch.equal(pool, before[[0, 3, 0, 3, 3]])
     assert bytes(cache.block(4)) == before[3].numpy().tobytes()
 

@@ -20,7 +20,7 @@ from kvbaton.engine.model.hf_config import load_model_config
 from kvbaton.engine.model.matrix import Int8Matrix
 from kvbaton.engine.model.model_loader import load_model, random_model
 from kvbaton.engine.model.weights import empty_weights, slots
-from kvbaton.kernels import int8
+from kvbaton.kernels import quantization as eight_bits
 from support.engine_driver import EngineDriver
 from support.oracle import TinyModels, oracle_logits, prompts
 
@@ -98,7 +98,7 @@ def test_loading_never_holds_a_matrix_in_floats(tiny_model: TinyModels, monkeypa
     """Guards the memory that loading takes: only a few rows exist as floats beside what the file maps, which here are
     matrices that repeat one value and so have no memory of their own."""
     config = load_model_config(tiny_model("llama"))
-    monkeypatch.setattr(int8, "_CHUNK_ELEMENTS", 1024)
+    monkeypatch.setattr(eight_bits, "_CHUNK_ELEMENTS", 1024)
     weights = empty_weights(config, torch.bfloat16, CPU, "int8")
     with LargestFloats() as seen:
         for slot in slots(config, weights):
