@@ -101,7 +101,7 @@ def mixed_requests(rng: random.Random, vocab: int) -> Iterator[tuple[tuple[int, 
 def filled_slots(worker: Worker, block_size: int) -> int:
     """Slots with a token's KV in all blocks that sequences hold, each block counted once."""
     filled: dict[int, int] = {}
-    for leg in worker.legs.of_request(1, None):
+    for leg in worker.ledger.legs:
         for seq in (*leg.live.values(), *([leg.prompt] if leg.prompt else [])):
             for index, block_id in enumerate(seq.block_table):
                 used = min(block_size, max(0, seq.num_computed - index * block_size))
@@ -117,15 +117,17 @@ def measure_waste(engine: CountingEngine, limits: BatchConfig, steps: int) -> Wa
     tokens: list[float] = []
     serial = 0
     while len(wastes) < steps:
-        while len(worker.legs) < SEQUENCES:
+        while worker.num_requests < SEQUENCES:
             submit(worker, f"r{serial}", *next(requests))
             serial += 1
         worker.step(0.0)
         worker.take_outputs()
         filled, held = filled_slots(worker, block_size), engine.kv.counts().held * block_size
-        if len(worker.decode.running) > SEQUENCES // 2:  # past the start, when prompts are still being computed
+        if (
+            len(worker.decode.scheduler.running) > SEQUENCES // 2
+        ):  # past the start, when prompts are still being computed
             wastes.append(1 - filled / held)
-            tokens.append(filled / len(worker.legs))
+            tokens.append(filled / worker.num_requests)
     mean_tokens = sum(tokens) / len(tokens)
     drain(worker)
     engine.kv.check()

@@ -1,136 +1,175 @@
-"""What arrives at one engine from others: prompts that were computed there, and sequences that were decoding there.
+"""What comes to one engine from others: prompts that were computed there, and sequences that were decoding there.
 
-    DECODE leg    the prompt's KV lands: its samples join the running batch with the tokens that prefill drew
-    MIGRATE leg      a copy of the whole blocks lands, then the rest with the newest tokens: the sample joins
-
-Methods return the requests that cannot go on; the worker ends them.
+DECODE leg      the prompt's KV lands: its samples join the running batch with the tokens that prefill drew
+MIGRATION leg   a copy of the whole blocks lands, then the rest with the newest tokens: the sample joins
 """
 
 from __future__ import annotations
 
-from kvbaton.decode_worker.incoming import Landings
-from kvbaton.decode_worker.migration import COPY_SUFFIX, copied_blocks, copy_key, copy_request
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from kvbaton.decode_worker.incoming import Expected, IncomingHandoffs
+from kvbaton.decode_worker.migration import copied_blocks
 from kvbaton.decode_worker.scheduler import DecodeScheduler
-from kvbaton.engine.first_tokens import decode_first_tokens
-from kvbaton.engine.legs import Leg, Legs
-from kvbaton.engine.moved_tokens import decode_newest_tokens
+from kvbaton.engine.handoff_payload import decode_first_tokens, decode_newest_tokens
+from kvbaton.engine.kv.block_owners import Holding
+from kvbaton.engine.ledger import Ledger
+from kvbaton.engine.legs import Ending, Leg
 from kvbaton.engine.orders import LegKind
 from kvbaton.engine.sequence import Sequence
-from kvbaton.engine.step_pipeline import StepEngine
-from kvbaton.kvtransfer.messages import HandoffKey, Landed
+from kvbaton.kvtransfer.commands import HandoffCommands
+from kvbaton.kvtransfer.messages import Cause, Failed, HandoffKey, Landed, Offered, Released
 
 STUCK_S = 2.0
 
 
-class Arrivals:
-    """The hand-offs that this engine receives, as far as they concern its requests."""
+@dataclass(slots=True)
+class _Coming:
+    """A sequence whose KV is on its way. `copied` blocks of a migrated one come first, in a hand-off of their own;
+    0 once they are here."""
 
-    def __init__(self, engine: StepEngine, legs: Legs, landings: Landings, decode: DecodeScheduler) -> None:
-        self._engine = engine
-        self._legs = legs
-        self._landings = landings
-        self._decode = decode
+    leg: Leg
+    seq: Sequence
+    copied: int = 0
+
+
+class Arrivals:
+    """DECODE and MIGRATION legs from their submit until their samples run."""
+
+    def __init__(self, ledger: Ledger, agent: HandoffCommands, scheduler: DecodeScheduler) -> None:
+        self._ledger = ledger
+        self._kv = ledger.kv
+        self._scheduler = scheduler
+        self.incoming = IncomingHandoffs(ledger.kv, agent, ledger.owners)
+        self._coming: dict[HandoffKey, _Coming] = {}
         self._progress_at_s = 0.0
 
+    def __len__(self) -> int:
+        """Hand-offs that are expected, offered, landing or closing."""
+        return len(self.incoming)
+
+    @property
+    def waiting(self) -> int:
+        """Offers that wait for room."""
+        return self.incoming.waiting()
+
+    def held(self) -> Iterator[Holding]:
+        return self.incoming.held()
+
     def expect(self, leg: Leg, now: float) -> None:
-        """A DECODE or MIGRATE leg was submitted."""
-        request, size = leg.request, self._engine.kv.block_size
+        """A DECODE or MIGRATION leg was submitted."""
+        seq, size = Sequence(leg.request, now), self._kv.block_size
+        coming = self._coming[leg.key] = _Coming(leg, seq)
         if leg.kind is LegKind.DECODE:
-            self._landings.expect(request, now)
-        elif count := copied_blocks(len(request.context), size):
-            self._landings.expect(copy_request(request, count * size), now, patient=False)
+            tokens = len(seq.tokens)
+            self.incoming.expect(leg.key, Expected(tokens, seq.hashes(size, tokens // size)), now)
+        elif count := copied_blocks(len(seq.tokens), size):
+            coming.copied = count
+            self.incoming.expect(leg.key, Expected(count * size, seq.hashes(size, count), patient=False), now)
         else:
-            self._landings.expect_migration(request, [], now)
+            self.incoming.expect(leg.key, Expected(None, patient=False), now)
 
-    def grant(self, closed: bool, joining: int) -> list[Leg]:
-        """Landing blocks for those who wait for them, a block left for each who runs and for `joining` who soon will.
-        Returns migrations for which there is no room."""
-        if not self._landings.waiting():
+    def offered(self, event: Offered, now: float) -> None:
+        self.incoming.offered(event, now)
+
+    def landed(self, event: Landed, now: float) -> list[Ending]:
+        """Take over what is complete here. A payload that cannot be ends its leg."""
+        coming = self._coming.get(event.key)
+        if coming is None:
             return []
-        return self._legs_of(self._landings.grant_waiting(len(self._decode.running) + joining, closed))
+        try:
+            if coming.leg.kind is LegKind.DECODE:
+                self._prompt_landed(coming, event)
+            elif coming.copied:
+                self._copy_landed(coming, now)
+            else:
+                self._rest_landed(coming, event)
+        except ValueError as error:
+            return [Ending(coming.leg, f"hand-off refused: {error}")]
+        return []
 
-    def overdue(self, now: float) -> list[Leg]:
+    def failed(self, event: Failed) -> list[Ending]:
+        """The agent gave a hand-off up, or its sender did."""
+        coming = self._coming.get(event.key)
+        if not self.incoming.failed(event.key) or coming is None:
+            return []
+        return [Ending(coming.leg, None if event.cause is Cause.FINISHED else event.reason)]
+
+    def released(self, event: Released) -> None:
+        self.incoming.released(event.key)
+
+    def grant(self, closed: bool, joining: int) -> list[Ending]:
+        """Landing blocks for those who wait for them, none while `closed`; a block is left for each who runs and for
+        `joining` who soon will. Returns migrations for which there is no room."""
+        if not self.waiting:
+            return []
+        refused = self.incoming.grant_waiting(len(self._scheduler.running) + joining, closed)
+        return self._endings(refused, "no room for a sequence that decodes elsewhere")
+
+    def overdue(self, now: float) -> list[Ending]:
         """Migrations whose sequence never came."""
-        return self._legs_of(self._landings.expire(now))
+        return self._endings(self.incoming.expire(now), "the sequence to take over never came")
 
-    def circle(self, now: float, progress: bool) -> list[Leg]:
+    def unstick(self, progress: bool, now: float) -> list[Ending]:
         """Without `progress`, where nothing runs or lands, every held block waits for a peer, who may be waiting for
-        one of ours. Returns a request to refuse after a while: its engine gets the blocks of that prompt back."""
-        stuck = None if progress else self._landings.oldest_waiting()
+        one of ours. Ends a leg after a while: its engine gets the blocks of that prompt back."""
+        stuck = None if progress else self.incoming.oldest_waiting()
         if stuck is None:
             self._progress_at_s = now
         elif now - self._progress_at_s > STUCK_S:
             self._progress_at_s = now
-            return self._legs_of([stuck])
+            return self._endings([stuck], "no room: every block here waits for other engines")
         return []
 
-    def landed(self, event: Landed, now: float) -> Leg | None:
-        """Take over what is complete here; returns its request. Raises `ValueError` for a payload that cannot be."""
-        leg = self.leg_of(event.key)
-        if leg is None:
-            return None
-        if leg.kind is LegKind.MIGRATION:
-            self._migration_landed(leg, event, now)
-        else:
-            self._prompt_landed(leg, event)
-        return leg
-
-    def failed(self, key: HandoffKey) -> Leg | None:
-        """The agent gave a hand-off up. Returns its request, if that is news."""
-        return self.leg_of(key) if self._landings.failed(key) else None
-
     def cancel(self, leg: Leg, reason: str) -> None:
-        """The request ends: whatever of it is on its way, or will be, is not wanted any more."""
+        """The leg ends: whatever of it is on its way, or will be, is not wanted any more."""
         if leg.kind in (LegKind.DECODE, LegKind.MIGRATION):
-            self._landings.cancel(leg.key, reason)
-        if leg.kind is LegKind.MIGRATION:
-            self._landings.cancel(copy_key(leg.key), reason)
+            self._coming.pop(leg.key, None)
+            self.incoming.cancel(leg.key, reason)
 
-    def leg_of(self, key: HandoffKey) -> Leg | None:
-        """The request that a hand-off belongs to; a migration's copy has a name of its own."""
-        leg = self._legs.get(key)
-        if leg is None and key.request_id.endswith(COPY_SUFFIX):
-            leg = self._legs.get(HandoffKey(key.request_id.removesuffix(COPY_SUFFIX), key.epoch))
-            return leg if leg is not None and leg.kind is LegKind.MIGRATION else None
-        return leg
-
-    def _prompt_landed(self, leg: Leg, event: Landed) -> None:
+    def _prompt_landed(self, coming: _Coming, event: Landed) -> None:
         first = decode_first_tokens(event.payload)
-        seq = self._landings.landed(event.key)
-        if seq is None:
+        leg, seq = coming.leg, coming.seq
+        if not self._take(seq, leg.key, len(seq.tokens)):
             return
+        del self._coming[leg.key]
         for sample, token_id in first.items():
             if sample in leg.dropped:
                 continue  # aborted alone while the KV travelled
-            sample_seq = branch(seq, sample)
-            sample_seq.tokens.append(token_id)
-            self._engine.kv.fork(sample_seq.block_table)
-            leg.live[sample] = sample_seq
-            self._decode.add(sample_seq)
-        self._engine.kv.release(seq.block_table)
-        seq.block_table = []
+            live = leg.live[sample] = seq.branch(sample)
+            live.tokens.append(token_id)
+            self._kv.fork(live.block_table)
+            self._scheduler.add(live)
+        self._kv.free(seq.block_table)
         if not leg.live:
-            self._legs.remove(leg)
+            self._ledger.legs.remove(leg)
 
-    def _migration_landed(self, leg: Leg, event: Landed, now: float) -> None:
-        if event.key != leg.key:
-            copied = self._landings.landed(event.key)
-            if copied is not None:
-                self._landings.expect_migration(leg.request, copied.block_table, now)
-            return
-        seq = self._landings.landed(event.key, decode_newest_tokens(event.payload, self._engine.vocab_size))
-        if seq is not None:
+    def _copy_landed(self, coming: _Coming, now: float) -> None:
+        key, size = coming.leg.key, self._kv.block_size
+        blocks = self.incoming.landed(key, coming.copied * size)
+        if blocks is not None:
+            self._kv.commit(coming.seq.hashes(size, len(blocks)), blocks)
+            coming.copied = 0
+            self.incoming.expect(key, Expected(None, patient=False), now, blocks)
+
+    def _rest_landed(self, coming: _Coming, event: Landed) -> None:
+        leg, seq = coming.leg, coming.seq
+        seq.tokens.extend(decode_newest_tokens(event.payload, self._ledger.vocab_size))
+        if self._take(seq, leg.key, len(seq.tokens) - 1):  # the newest token was drawn and not computed
+            del self._coming[leg.key]
             leg.live[seq.samples[0]] = seq
-            self._decode.add(seq)
+            self._scheduler.add(seq)
 
-    def _legs_of(self, keys: list[HandoffKey]) -> list[Leg]:
-        return [leg for key in keys if (leg := self.leg_of(key)) is not None]
+    def _take(self, seq: Sequence, key: HandoffKey, num_computed: int) -> bool:
+        """Give a sequence the blocks that have landed for it; False if they are not wanted any more."""
+        blocks, size = self.incoming.landed(key, num_computed), self._kv.block_size
+        if blocks is None:
+            return False
+        seq.block_table, seq.num_computed = blocks, num_computed
+        full = num_computed // size
+        self._kv.commit(seq.hashes(size, full), blocks[:full])
+        return True
 
-
-def branch(seq: Sequence, sample: int) -> Sequence:
-    """One sample of a computed prompt, sharing its block table's blocks (the caller forks their counts)."""
-    one = Sequence(seq.request, seq.arrival_s, (sample,))
-    one.block_table = list(seq.block_table)
-    one.num_computed = seq.num_computed
-    one.cached_tokens = seq.cached_tokens
-    return one
+    def _endings(self, keys: Iterable[HandoffKey], error: str) -> list[Ending]:
+        return [Ending(self._coming[key].leg, error) for key in keys if key in self._coming]

@@ -47,7 +47,7 @@ class DecodeScheduler:
         self.running.insert(at, seq)
 
     def remove(self, seq: Sequence) -> None:
-        """Forget a sequence; the caller releases its blocks."""
+        """Forget a sequence; the caller frees its blocks."""
         self.running.remove(seq)
 
     def has_room(self) -> bool:
@@ -111,8 +111,7 @@ class DecodeScheduler:
     def _preempt(self, seq: Sequence) -> None:
         if seq.in_flight:
             raise RuntimeError(f"request {seq.request.request_id} gives way with a row on its way")
-        self._kv.release(seq.block_table)
-        seq.block_table = []
+        self._kv.free(seq.block_table)
         seq.num_computed = 0
         seq.to(Status.PREEMPTED)
         self.num_preemptions += 1

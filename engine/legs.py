@@ -1,4 +1,4 @@
-"""What one engine knows of each request it works on: who asked, which leg, and the sequences it became."""
+"""What one engine knows of each request that it works on: who asked, which leg it is, and the sequences it became."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from kvbaton.kvtransfer.messages import HandoffKey
 
 @dataclass(slots=True)
 class Leg:
-    """`prompt` is the sequence that computes the prompt, until its first tokens are drawn; `live` are the samples that
-    decode here afterwards."""
+    """One engine's part of a request. `prompt` is the sequence that computes the prompt, until its first tokens are
+    drawn; `live` are the samples that decode here afterwards."""
 
     session_id: int
     submit: Submit
@@ -37,6 +37,14 @@ class Leg:
     @property
     def key(self) -> HandoffKey:
         return HandoffKey(self.request.request_id, self.request.epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A leg that cannot go on. `error` is told to its ingress; None where it knows, or another leg tells it."""
+
+    leg: Leg
+    error: str | None
 
 
 class Legs:
@@ -73,23 +81,17 @@ class Legs:
     def get(self, key: HandoffKey) -> Leg | None:
         return self._by_key.get(key)
 
-    def of(self, seq: Sequence) -> Leg | None:
-        return self._by_key.get(HandoffKey(seq.request.request_id, seq.request.epoch))
+    def of(self, seq: Sequence) -> Leg:
+        """The leg of a sequence that runs here. Raises `KeyError` for one whose leg has ended: a bug."""
+        return self._by_key[HandoffKey(seq.request.request_id, seq.request.epoch)]
 
     def remove(self, leg: Leg) -> None:
         self._by_key.pop(leg.key, None)
 
     def named(self, request_id: str | None) -> list[Leg]:
         """All legs of a request id, whoever submitted it; all there are for None."""
-        return [t for t in self if request_id is None or t.request.request_id == request_id]
+        return [leg for leg in self if request_id is None or leg.request.request_id == request_id]
 
     def of_request(self, session_id: int, request_id: str | None) -> list[Leg]:
         """All epochs of a request that one session submitted here (normally one); all of its requests for None."""
-        return [t for t in self.named(request_id) if t.session_id == session_id]
-
-    def block_tables(self) -> Iterator[list[int]]:
-        """Of every sequence, for an audit."""
-        for leg in self:
-            yield from (seq.block_table for seq in leg.live.values())
-            if leg.prompt is not None:
-                yield leg.prompt.block_table
+        return [leg for leg in self.named(request_id) if leg.session_id == session_id]

@@ -2,51 +2,58 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from kvbaton.engine.batch import SampledToken
 from kvbaton.engine.legs import Leg
 from kvbaton.engine.orders import Notice
 from kvbaton.engine.request import FinishReason, TokenOutput
+from kvbaton.engine.sampling.stopping import finish_reason
 from kvbaton.engine.sequence import Sequence
 
 
-@dataclass(slots=True)
 class Outbox:
-    """`tokens` and `notices` by session id; the tokens of a session are older than its notices."""
+    """Tokens and notices by session id; the tokens of a session are older than its notices."""
 
-    tokens: dict[int, list[TokenOutput]] = field(default_factory=dict)
-    notices: list[tuple[int, Notice]] = field(default_factory=list)
+    def __init__(self, max_tokens: int) -> None:
+        """`max_tokens` bounds prompt and completion of a sample."""
+        self._max_tokens = max_tokens
+        self._tokens: dict[int, list[TokenOutput]] = {}
+        self._notices: list[tuple[int, Notice]] = []
 
-    def token(self, leg: Leg, seq: Sequence, drawn: SampledToken, finish: FinishReason | None) -> None:
-        """The newest token of `seq`."""
-        request = leg.request
-        index = seq.num_outputs - 1
-        first = index == len(request.emitted)
-        output = TokenOutput(
-            request.request_id,
-            request.epoch,
-            seq.samples[0],
-            index,
-            drawn.token_id,
-            drawn.logprobs,
-            finish,
-            seq.cached_tokens if first else None,
-            tuple(leg.prompt_logprobs) if first and leg.prompt_logprobs else None,
-        )
-        self.tokens.setdefault(leg.session_id, []).append(output)
+    def publish(self, leg: Leg, seq: Sequence, drawn: SampledToken) -> FinishReason | None:
+        """Append a drawn token to its sequence, and queue it; returns why it was the last, if it was."""
+        seq.tokens.append(drawn.token_id)
+        finish = finish_reason(seq, self._max_tokens)
+        self._tokens.setdefault(leg.session_id, []).append(_output(leg, seq, drawn, finish))
+        return finish
 
     def refuse(self, leg: Leg, error: str) -> None:
         """Every sample of a request ends without a token."""
-        self.tokens.setdefault(leg.session_id, []).extend(leg.submit.refused(error))
+        self._tokens.setdefault(leg.session_id, []).extend(leg.submit.refused(error))
 
     def notice(self, session_id: int, notice: Notice) -> None:
-        self.notices.append((session_id, notice))
+        self._notices.append((session_id, notice))
 
     def take_tokens(self) -> dict[int, list[TokenOutput]]:
-        tokens, self.tokens = self.tokens, {}
+        tokens, self._tokens = self._tokens, {}
         return tokens
 
     def take_notices(self) -> list[tuple[int, Notice]]:
-        notices, self.notices = self.notices, []
+        notices, self._notices = self._notices, []
         return notices
+
+
+def _output(leg: Leg, seq: Sequence, drawn: SampledToken, finish: FinishReason | None) -> TokenOutput:
+    request = leg.request
+    index = seq.num_outputs - 1
+    first = index == len(request.emitted)
+    return TokenOutput(
+        request.request_id,
+        request.epoch,
+        seq.samples[0],
+        index,
+        drawn.token_id,
+        drawn.logprobs,
+        finish,
+        seq.cached_tokens if first else None,
+        tuple(leg.prompt_logprobs) if first and leg.prompt_logprobs else None,
+    )

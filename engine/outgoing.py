@@ -1,37 +1,36 @@
-"""Hand-offs as the prefill engine sees them: who holds a computed prompt's blocks until decode has them.
+"""Hand-offs that an engine sends: who holds the blocks that a peer reads, until it has them.
 
-    start(seq)         the prompt's first chunk is about to run: OFFER goes out
-    chunk_done(seq)    whole blocks may travel while the next chunk computes
-    complete(seq)      the prompt is computed: tail block and DONE; the blocks now belong to this hand-off
-    Released           nothing can read them any more: they go back to the pool (whose cache may keep them)
+    start       OFFER goes out; the blocks are held here too, beside the sequence that fills or still uses them
+    extend      more of the offered blocks, for one that did not have them all at the start
+    announce    the first so-many are final, and may travel
+    complete    nothing follows: the last blocks and DONE
+    Released    no operation reads the blocks any more: the hold is dropped (the prefix cache may keep them)
 
-A hand-off that is cancelled or failed keeps its blocks until `Released`, because the transport may still be reading.
-
-A sequence that decodes is handed over by a *carrier*: a sequence of its own for the hand-off, with its own hold on each
-block, so that the one that decodes may go on, end or give way at any time.
+A hand-off that is cancelled or failed keeps its hold until `Released`. As it has a hold of its own on each block, the
+sequence may end, give way or go on at any time.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
-from kvbaton.engine.kv.block_owners import BlockOwners, Owner
+from kvbaton.engine.kv.block_owners import BlockOwners, Holding, Owner
 from kvbaton.engine.kv.kv_manager import KVManager
-from kvbaton.engine.sequence import IllegalTransition, Sequence
+from kvbaton.engine.sequence import IllegalTransition
 from kvbaton.kvtransfer.commands import HandoffCommands
 from kvbaton.kvtransfer.messages import Cause, GivenUp, HandoffKey, Offer, PeerAddress
 
 
 class OutgoingState(enum.Enum):
-    COMPUTING = "computing"  # blocks belong to the prefill scheduler's sequence
+    OPEN = "open"  # a sequence still computes some of the blocks
     SENT = "sent"  # everything announced, waiting for the ack
     CLOSING = "closing"  # over, waiting until no operation reads the blocks
 
 
 _LEGAL = {
-    OutgoingState.COMPUTING: frozenset({OutgoingState.SENT, OutgoingState.CLOSING}),
+    OutgoingState.OPEN: frozenset({OutgoingState.SENT, OutgoingState.CLOSING}),
     OutgoingState.SENT: frozenset({OutgoingState.CLOSING}),
     OutgoingState.CLOSING: frozenset[OutgoingState](),
 }
@@ -39,23 +38,20 @@ _LEGAL = {
 
 @dataclass(slots=True)
 class _Outgoing:
-    seq: Sequence
-    state: OutgoingState
+    key: HandoffKey
+    owner: Owner | None  # what its hold counts as; None while it counts as the sequence's
+    state: OutgoingState = OutgoingState.OPEN
+    blocks: list[int] = field(default_factory=list)
     announced: int = 0  # blocks told to the agent
-    owner: Owner | None = None  # why this hand-off holds the blocks; None while the sequence does
 
     def to(self, state: OutgoingState) -> None:
         if state not in _LEGAL[self.state]:
-            raise IllegalTransition(f"outgoing {self.seq.request.request_id}: {self.state.value} -> {state.value}")
+            raise IllegalTransition(f"outgoing {self.key.request_id}: {self.state.value} -> {state.value}")
         self.state = state
 
 
-def handoff_key(seq: Sequence) -> HandoffKey:
-    return HandoffKey(seq.request.request_id, seq.request.epoch)
-
-
 class OutgoingHandoffs:
-    """All hand-offs that this engine sends, by key."""
+    """The hand-offs that one kind of leg sends, by key."""
 
     def __init__(self, kv: KVManager, agent: HandoffCommands, owners: BlockOwners) -> None:
         self._kv = kv
@@ -73,79 +69,86 @@ class OutgoingHandoffs:
         item = self._open.get(key)
         return item.state if item else None
 
-    def num_blocks(self) -> int:
-        """Blocks of all open hand-offs, shared ones counted by each."""
-        return sum(len(item.seq.block_table) for item in self._open.values())
+    def states(self) -> list[OutgoingState]:
+        """Of all open ones, the oldest first."""
+        return [item.state for item in self._open.values()]
 
-    def held(self) -> Iterator[list[int]]:
-        """The blocks of each hand-off that holds its own, for an audit."""
-        return (item.seq.block_table for item in self._open.values() if item.owner is not None)
+    def num_blocks(self, key: HandoffKey | None = None) -> int:
+        """Blocks that one hand-off holds; of all open ones for None, shared blocks counted by each."""
+        items = self._open.values() if key is None else [self._open[key]]
+        return sum(len(item.blocks) for item in items)
 
-    def start(self, seq: Sequence, peer: PeerAddress) -> None:
-        """Offer a prompt whose block table is allocated."""
-        key = handoff_key(seq)
-        self._open[key] = _Outgoing(seq, OutgoingState.COMPUTING)
-        self._agent.offer(Offer(key, len(seq.tokens), len(seq.block_table)), peer)
-        self.chunk_done(seq, seq.num_computed // self._kv.block_size)  # cached blocks can travel at once
+    def held(self) -> Iterator[Holding]:
+        """What each hand-off holds."""
+        return (Holding(item.blocks, item.owner) for item in self._open.values())
 
-    def start_carrier(self, carrier: Sequence, peer: PeerAddress, num_blocks: int) -> None:
-        """Offer `num_blocks` blocks, of which the carrier holds the first; `extend` brings the others."""
-        key = handoff_key(carrier)
-        item = _Outgoing(carrier, OutgoingState.COMPUTING)
-        self._open[key] = item
-        self._own(item, Owner.HOLD)
-        self._agent.offer(Offer(key, num_blocks * self._kv.block_size, num_blocks), peer)
-        self.chunk_done(carrier, len(carrier.block_table))
+    def start_prompt(self, key: HandoffKey, peer: PeerAddress, blocks: Sequence[int], num_tokens: int) -> None:
+        """Offer a prompt of `num_tokens` tokens that is about to be computed in `blocks`. Until it is complete they
+        count as its sequence's."""
+        self._start(_Outgoing(key, owner=None), peer, blocks, Offer(key, num_tokens, len(blocks)))
 
-    def extend(self, carrier: Sequence, block_ids: list[int]) -> None:
-        """Give a carrier more of the blocks that were offered; it takes a hold on each over from the caller."""
-        item = self._open[handoff_key(carrier)]
-        self._owners.change(None, item.owner, block_ids)
-        carrier.block_table.extend(block_ids)
+    def start(self, key: HandoffKey, peer: PeerAddress, blocks: Sequence[int], num_blocks: int) -> None:
+        """Offer `num_blocks` blocks of a sequence that decodes, whose first, `blocks`, are final."""
+        size = self._kv.block_size
+        self._start(_Outgoing(key, Owner.HOLD), peer, blocks, Offer(key, num_blocks * size, num_blocks))
+        self.announce(key, len(blocks))
 
-    def chunk_done(self, seq: Sequence, full_blocks: int) -> None:
-        """The first `full_blocks` blocks are final."""
-        item = self._open[handoff_key(seq)]
-        ready = seq.block_table[item.announced : full_blocks]
-        if ready and item.state is OutgoingState.COMPUTING:
-            self._agent.blocks_ready(handoff_key(seq), ready)
-            item.announced = full_blocks
+    def extend(self, key: HandoffKey, blocks: Sequence[int]) -> None:
+        """Hold more of the blocks that were offered."""
+        self._hold(self._open[key], blocks)
 
-    def complete(self, seq: Sequence, payload: bytes) -> None:
-        """Send the partial tail block and DONE. From here on the hand-off, not the sequence, holds the blocks."""
-        item = self._open[handoff_key(seq)]
-        self.chunk_done(seq, len(seq.block_table))
+    def announce(self, key: HandoffKey, num_final: int) -> None:
+        """The first `num_final` blocks are final. Nothing happens where the hand-off is over."""
+        item = self._open[key]
+        ready = item.blocks[item.announced : num_final]
+        if ready and item.state is OutgoingState.OPEN:
+            self._agent.blocks_ready(key, ready)
+            item.announced = num_final
+
+    def complete(self, key: HandoffKey, payload: bytes) -> None:
+        """All blocks are final: send the last ones and DONE with `payload`."""
+        item = self._open[key]
+        self.announce(key, len(item.blocks))
         item.to(OutgoingState.SENT)
         self._own(item, Owner.HOLD)
-        self._agent.finish(handoff_key(seq), payload)
+        self._agent.finish(key, payload)
 
     def cancel(self, key: HandoffKey, reason: str, cause: GivenUp = Cause.CANCELLED) -> None:
-        """End a hand-off early; its blocks come back with `Released`."""
-        item = self._open.get(key)
-        if item is not None and item.state is not OutgoingState.CLOSING:
-            item.to(OutgoingState.CLOSING)
-            self._own(item, Owner.QUARANTINE)
+        """End a hand-off early, if it is open; its hold ends with `Released`."""
+        if self._close(key):
             self._agent.cancel(key, reason, cause)
 
-    def failed(self, key: HandoffKey) -> Sequence | None:
-        """The agent gave up. Returns the sequence if it was news (the caller stops computing it), else None."""
-        item = self._open.get(key)
-        if item is None or item.state is OutgoingState.CLOSING:
-            return None
-        item.to(OutgoingState.CLOSING)
-        self._own(item, Owner.QUARANTINE)
-        return item.seq
+    def failed(self, key: HandoffKey) -> bool:
+        """The agent gave up; True if that is news here."""
+        return self._close(key)
 
-    def released(self, key: HandoffKey) -> Sequence | None:
-        """No operation reads the blocks any more: give them back. Returns the sequence whose hand-off ended."""
+    def released(self, key: HandoffKey) -> bool:
+        """No operation reads the blocks any more: drop the hold. False for a key that is not open here."""
         item = self._open.pop(key, None)
         if item is None:
-            return None
+            return False
         self._own(item, None)
-        self._kv.release(item.seq.block_table)
-        item.seq.block_table = []
-        return item.seq
+        self._kv.free(item.blocks)
+        return True
+
+    def _start(self, item: _Outgoing, peer: PeerAddress, blocks: Sequence[int], offer: Offer) -> None:
+        self._open[item.key] = item
+        self._hold(item, blocks)
+        self._agent.offer(offer, peer)
+
+    def _hold(self, item: _Outgoing, blocks: Sequence[int]) -> None:
+        self._kv.fork(blocks)
+        self._owners.change(None, item.owner, blocks)
+        item.blocks.extend(blocks)
+
+    def _close(self, key: HandoffKey) -> bool:
+        item = self._open.get(key)
+        if item is None or item.state is OutgoingState.CLOSING:
+            return False
+        item.to(OutgoingState.CLOSING)
+        self._own(item, Owner.QUARANTINE)
+        return True
 
     def _own(self, item: _Outgoing, owner: Owner | None) -> None:
-        self._owners.change(item.owner, owner, item.seq.block_table)
+        self._owners.change(item.owner, owner, item.blocks)
         item.owner = owner

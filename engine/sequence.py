@@ -100,6 +100,14 @@ class Sequence:
             raise IllegalTransition(f"sequence {self.request.request_id}: {self.status.value} -> {status.value}")
         self.status = status
 
+    def branch(self, sample: int) -> Sequence:
+        """One sample of a computed prompt, on the same blocks; the caller forks the holds on them."""
+        one = Sequence(self.request, self.arrival_s, (sample,))
+        one.block_table = list(self.block_table)
+        one.num_computed = self.num_computed
+        one.cached_tokens = self.cached_tokens
+        return one
+
     def hashes(self, block_size: int, num_blocks: int) -> list[BlockHash]:
         """Hashes of the first `num_blocks` blocks, which must be full; computed once and kept."""
         parent = self._hashes[-1] if self._hashes else root_hash(self.request.cache_salt)

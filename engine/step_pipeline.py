@@ -8,7 +8,7 @@ between two of them.
 A sequence that ended at step n may have a row in step n + 1, which reads and writes its blocks: the row is dropped when
 it lands, and the blocks are given back then, not before.
 
-A step that cannot be scheduled without the last tokens waits until they have landed: see `may_lag`.
+A step that cannot be scheduled without the last tokens waits until they have landed (`DecodeWorker.may_lag`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvbaton.decode_worker.scheduler import DecodeScheduler
 from kvbaton.engine.batch import Pending, SampledToken, ScheduledRow
 from kvbaton.engine.kv.kv_manager import KVManager
 from kvbaton.engine.pending import PromptLogprobs
-from kvbaton.engine.sampling.device_sampler import is_plain
 from kvbaton.engine.sequence import Sequence, Status
 
 
@@ -77,9 +75,9 @@ class StepEngine(Protocol):
 class StepPipeline:
     """At most one step is on its way, two while the first of them lands."""
 
-    def __init__(self, kv: KVManager, enabled: bool) -> None:
-        self._kv = kv
-        self._enabled = enabled
+    def __init__(self, engine: StepEngine) -> None:
+        self._engine = engine
+        self._kv = engine.kv
         self._flight: _Flight | None = None
         self.model_s = 0.0  # wall time in launches and waits
         self.model_cpu_s = 0.0  # and the CPU time of this thread in them
@@ -89,20 +87,14 @@ class StepPipeline:
         """A step is on its way."""
         return self._flight is not None
 
-    def may_lag(self, decode: DecodeScheduler, moving: bool) -> bool:
-        """Whether the next step can be scheduled before the last one has landed: nobody has to give way for it, nobody
-        is `moving` to another engine with his newest tokens, and nobody's next token depends on the last but through
-        the model."""
-        return self._enabled and not moving and decode.has_room() and all(map(is_plain, decode.running))
-
-    def launch(self, engine: StepEngine, rows: list[ScheduledRow]) -> list[LandedRow]:
+    def launch(self, rows: list[ScheduledRow]) -> list[LandedRow]:
         """Launch a step, then land the one before."""
         size, before = self._kv.block_size, self._flight
         writes = [_Write(row.seq.block_table, row.start, row.start + row.num_tokens) for row in rows]
         if any(len(write.table) * size < write.end for write in writes):
             raise RuntimeError("a row has no block to write to")
         started, cpu_started = time.perf_counter(), time.thread_time()
-        self._flight = _Flight(rows, writes, engine.launch(rows))
+        self._flight = _Flight(rows, writes, self._engine.launch(rows))
         for row in rows:
             row.seq.in_flight += row.num_tokens
         self._took(started, cpu_started)
@@ -113,13 +105,13 @@ class StepPipeline:
         flight, self._flight = self._flight, None
         return [] if flight is None else self._land(flight)
 
-    def give_back(self, seq: Sequence) -> None:
-        """Release the blocks of a sequence that has ended: now, or when the step that it is in has landed."""
-        blocks, seq.block_table = seq.block_table, []
+    def free(self, seq: Sequence) -> None:
+        """Free the blocks of a sequence that has ended: now, or when the step that it is in has landed."""
         if self._flight is not None and seq in self._flight:
-            self._flight.parked.append(blocks)
+            self._flight.parked.append(seq.block_table)
+            seq.block_table = []
         else:
-            self._kv.release(blocks)
+            self._kv.free(seq.block_table)
 
     def joining(self) -> int:
         """How many sequences run once the step on its way has landed, and do not yet."""
@@ -147,8 +139,8 @@ class StepPipeline:
             row.seq.in_flight -= row.num_tokens
             if row.seq.status is not Status.FINISHED:
                 landed.append(LandedRow(row, sampled, logprobs))
-        for blocks in flight.parked:
-            self._kv.release(blocks)
+        for table in flight.parked:
+            self._kv.free(table)
         self._misfed([seq for i in result.redrawn if id(seq := flight.rows[i].seq) not in flight.void])
         return landed
 

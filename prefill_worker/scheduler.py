@@ -6,57 +6,52 @@ there is no order of arrivals in which two half-computed prompts wait for each o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvbaton.engine.batch import ScheduledRow
 from kvbaton.engine.config import BatchConfig
 from kvbaton.engine.kv.kv_manager import KVManager, OutOfBlocks
 from kvbaton.engine.sequence import Sequence, Status
-from kvbaton.prefill_worker.queue import PrefillQueue
+from kvbaton.prefill_worker.queue import HoldLimit, PrefillQueue
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPlan:
+    """The rows to run. `started` have been given their blocks, and their first chunk is among the rows."""
+
+    rows: list[ScheduledRow]
+    started: list[Sequence]
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillProgress:
     """What one executed row did: `full_blocks` of the prompt are complete, and whether the prompt is."""
 
-    seq: Sequence
     full_blocks: int
     done: bool
 
 
 class PrefillScheduler:
-    """Owns the sequences that have prompt tokens left; the step loop calls schedule, runs, then calls commit."""
+    """Owns the sequences that have prompt tokens left; who runs a step calls schedule, runs, then calls commit."""
 
-    def __init__(
-        self,
-        kv: KVManager,
-        limits: BatchConfig,
-        on_start: Callable[[Sequence], None],
-        may_start: Callable[[Sequence, int], bool],
-    ) -> None:
-        """`on_start` is told of each prompt whose first chunk is about to run: the moment to offer a hand-off.
-        `may_start` is asked before, with the blocks that the prompt takes; those behind one that may not can start."""
+    def __init__(self, kv: KVManager, limits: BatchConfig, holds: HoldLimit) -> None:
+        """`holds` is asked for each prompt for another engine; those behind one that may not start can."""
         self._kv = kv
-        self._limits = limits
-        self._on_start = on_start
-        self._may_start = may_start
+        self._chunk_tokens = limits.prefill_chunk_tokens
+        self._holds = holds
         self.queue = PrefillQueue()
 
-    def add(self, seq: Sequence) -> None:
+    def add(self, seq: Sequence, for_peer: bool = False) -> None:
         """Queue a WAITING or PREEMPTED sequence, which holds no blocks."""
-        self.queue.add(seq)
+        self.queue.add(seq, for_peer)
 
     def remove(self, seq: Sequence) -> None:
-        """Forget a sequence (abort). Its blocks stay with it: the caller releases them."""
+        """Forget a sequence (abort). Its blocks stay with it: the caller frees them."""
         self.queue.remove(seq)
 
-    def blocks_needed(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._kv.block_size)
-
-    def schedule(self, budget_tokens: int, now: float) -> list[ScheduledRow]:
+    def schedule(self, budget_tokens: int, now: float) -> PrefillPlan:
         """Rows of at most `budget_tokens` tokens together, most urgent prompts first."""
-        rows: list[ScheduledRow] = []
+        plan = PrefillPlan([], [])
         room = True
         for seq in self.queue.ordered(now):
             if budget_tokens <= 0:
@@ -64,16 +59,17 @@ class PrefillScheduler:
             if seq.in_flight == seq.num_uncomputed:
                 continue  # its last chunk is on its way
             if seq.status is not Status.PREFILLING:
-                if not self._may_start(seq, self.blocks_needed(len(seq.tokens))):
+                if not self._may_start(seq):
                     continue
                 room = room and self._start(seq)  # after the first that finds no room nobody else starts
                 if not room:
                     continue
+                plan.started.append(seq)
             left = seq.num_uncomputed - seq.in_flight
-            take = min(left, self._limits.prefill_chunk_tokens, budget_tokens)
-            rows.append(ScheduledRow(seq, take, seq.samples if take == left else (), seq.in_flight))
+            take = min(left, self._chunk_tokens, budget_tokens)
+            plan.rows.append(ScheduledRow(seq, take, seq.samples if take == left else (), seq.in_flight))
             budget_tokens -= take
-        return rows
+        return plan
 
     def commit(self, row: ScheduledRow) -> PrefillProgress:
         """Account for an executed row: its full blocks become reusable prefixes; a finished prompt leaves the queue."""
@@ -84,22 +80,28 @@ class PrefillScheduler:
         done = seq.num_uncomputed == 0
         if done:
             self.queue.remove(seq)
-        return PrefillProgress(seq, full, done)
+        return PrefillProgress(full, done)
+
+    def _may_start(self, seq: Sequence) -> bool:
+        return not self.queue.for_peer(seq) or self._holds.admits(self._blocks_needed(seq))
+
+    def _blocks_needed(self, seq: Sequence) -> int:
+        return -(-len(seq.tokens) // self._kv.block_size)
 
     def _start(self, seq: Sequence) -> bool:
         """Give `seq` its cached prefix and fresh blocks for the rest; False (nothing taken) when there is no room."""
-        size = self._kv.block_size
         cached = self._match(seq)
         try:
-            fresh = self._kv.allocate(self.blocks_needed(len(seq.tokens)) - len(cached))
+            fresh = self._kv.allocate(self._blocks_needed(seq) - len(cached))
         except OutOfBlocks:
             self._kv.release(cached)
             return False
         seq.block_table = cached + fresh
-        seq.num_computed = len(cached) * size
+        seq.num_computed = len(cached) * self._kv.block_size
         seq.cached_tokens = seq.num_computed
         seq.to(Status.PREFILLING)
-        self._on_start(seq)
+        if self.queue.for_peer(seq):
+            self._holds.took(len(seq.block_table))
         return True
 
     def _match(self, seq: Sequence) -> list[int]:

@@ -97,11 +97,11 @@ def _admit(worker: Worker, rig: Rig, name: str, context: int, salt: int) -> None
     request = Request(name, prompt, SamplingParams(max_tokens=1 << 20, temperature=0.0, ignore_eos=True))
     seq = Sequence(request, 0.0)
     seq.num_computed = context
-    seq.block_table = worker.kv.allocate(-(-(context + 1) // rig.block_size))
+    seq.block_table = worker.ledger.kv.allocate(-(-(context + 1) // rig.block_size))
     leg = Leg(SESSION, Submit(request, LegKind.LOCAL))
     leg.live[0] = seq
-    worker.legs.add(leg)
-    worker.decode.add(seq)
+    worker.ledger.legs.add(leg)
+    worker.decode.scheduler.add(seq)
 
 
 def _bucket(rig: Rig, rows: list[ScheduledRow]) -> Bucket:

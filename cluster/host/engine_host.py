@@ -104,7 +104,7 @@ class EngineHost:
             load=parts.steps.load,
             counters=parts.steps.counters,
             transfer=parts.agent.stats(),
-            requests=len(parts.worker.legs),
+            requests=parts.worker.num_requests,
         )
 
     async def audit(self) -> BlockAudit:

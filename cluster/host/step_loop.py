@@ -121,9 +121,9 @@ class StepLoop:
         if outputs or load != self.load:
             self.load = load
             self._sink.stepped(outputs, load)
-        if notices := self._worker.outbox.take_notices():
+        if notices := self._worker.take_notices():
             self._sink.notices(notices)
-        if events := self._worker.kv.drain_events():
+        if events := self._worker.cache_events():
             self._sink.cached(events)
 
     def _drain_inbox(self, block: bool) -> None:
@@ -134,7 +134,7 @@ class StepLoop:
                 self._stopping = True
                 return
             if isinstance(message, SnapshotWanted):
-                self._sink.snapshot(self._worker.kv.snapshot())
+                self._sink.snapshot(self._worker.cache_snapshot())
             elif isinstance(message, AuditWanted):
                 self._sink.audited(self._worker.audit())
             else:
@@ -142,11 +142,11 @@ class StepLoop:
             message = self.inbox.get(0.0)
 
     def _count(self, step_s: float) -> None:
-        total = self.counters
+        total, pipeline = self.counters, self._worker.ledger.pipeline
         self.counters = StepCounters(
             steps=total.steps + 1,
             busy_s=total.busy_s + step_s,
-            model_s=self._worker.pipeline.model_s,
-            preemptions=self._worker.decode.num_preemptions,
-            model_cpu_s=self._worker.pipeline.model_cpu_s,
+            model_s=pipeline.model_s,
+            preemptions=self._worker.decode.scheduler.num_preemptions,
+            model_cpu_s=pipeline.model_cpu_s,
         )

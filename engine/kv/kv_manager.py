@@ -91,10 +91,6 @@ class KVManager:
         self._hold(blocks)
         return blocks
 
-    def peek(self, hashes: Sequence[BlockHash]) -> int:
-        """How many blocks `match` would find; holds and touches nothing."""
-        return len(self._cache.match(hashes))
-
     def allocate(self, count: int) -> list[int]:
         """`count` blocks with one hold each, evicting cached leaves as needed. Raises `OutOfBlocks`, taking nothing."""
         if count > self.available:
@@ -113,6 +109,11 @@ class KVManager:
                 self._cache.release(block_id)
             else:
                 self._pool.give_back(block_id)
+
+    def free(self, block_table: list[int]) -> None:
+        """Release a sequence's blocks and empty its table: what everyone calls who ends or preempts one."""
+        self.release(block_table)
+        block_table.clear()
 
     def commit(self, hashes: Sequence[BlockHash], block_ids: Sequence[int]) -> None:
         """Make held, full blocks findable: `block_ids[i]` has the content that `hashes[i]` names, from block 0 on.
@@ -163,13 +164,6 @@ class KVManager:
 
     def snapshot(self) -> CacheSnapshot:
         return CacheSnapshot(self._event_number, tuple(self._cache.hashes()))
-
-    def clear_cache(self) -> None:
-        """Forget all prefixes. Cached blocks become free; held ones stay held and become private."""
-        for node in self._cache.clear():
-            self._record(CacheEventKind.EVICTED, node.block_hash)
-            if not node.held:
-                self._pool.give_back(node.block_id)
 
     def check(self) -> None:
         """Raise `BrokenInvariant` unless every block is exactly one of free, held and cached, and all counts agree."""

@@ -114,14 +114,6 @@ class PrefixCache:
             node.parent.num_children -= 1
         return node
 
-    def clear(self) -> list[Node]:
-        """Forget everything, held blocks too. The nodes that were cached, children before parents."""
-        nodes = list(reversed(self._by_hash.values()))
-        self._by_hash.clear()
-        self._by_block.clear()
-        self._queue.clear()
-        return nodes
-
     def check(self) -> None:
         """Raise `BrokenInvariant` unless every count and the order of the queue follow from the nodes."""
         pins = {block_hash: int(node.held) for block_hash, node in self._by_hash.items()}

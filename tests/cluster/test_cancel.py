@@ -6,12 +6,13 @@ import pytest
 
 from kvbaton.cluster.client.api import Cancelled, DeadlineExceeded, Overloaded
 from kvbaton.cluster.client.client import ClientConfig
-from kvbaton.decode_worker.incoming import LandingState
+from kvbaton.decode_worker.incoming import IncomingState
 from kvbaton.engine.outgoing import OutgoingState
 from kvbaton.router.engine_info import Role
 from support.client_support import Stream, cluster
 from support.session_support import make_request
 from support.toy_service import ToyService, ToyStream
+from support.worker_bench import squeeze
 
 PROMPT = tuple(range(1, 30))
 STATES = (
@@ -84,9 +85,7 @@ class Stage:
         for _ in range(5):
             await self.service.run()
         if state == "preempted":
-            victim = self.d.worker.decode.running.pop()
-            self.d.worker.decode._preempt(victim)
-            self.d.worker.prefill.add(victim)
+            squeeze(self.d.engine, self.d.worker, self.service.clock.now)
         return stream
 
     def poll_until_heard(self) -> None:
@@ -100,19 +99,19 @@ class Stage:
 
     def check(self, state: str) -> None:
         """That it is where the test wants it."""
-        outgoing = [item.state for item in self.p.worker.outgoing._open.values()]
-        landing = [item.state for item in self.d.worker.landings._open.values()]
+        outgoing = self.p.worker.prefill.outgoing.states()
+        landing = self.d.worker.decode.arrivals.incoming.states()
         if state in ("queued", "prefilling"):
-            assert len(self.p.worker.prefill.queue) == 1
-            assert outgoing == ([] if state == "queued" else [OutgoingState.COMPUTING])
+            assert self.p.worker.prefill.waiting == 1
+            assert outgoing == ([] if state == "queued" else [OutgoingState.OPEN])
         elif state in ("computed", "offered", "waiting", "granted", "transferring"):
-            wanted = {"waiting": LandingState.WAITING, "granted": LandingState.GRANTED}
-            wanted["transferring"] = LandingState.GRANTED
+            wanted = {"waiting": IncomingState.WAITING, "granted": IncomingState.GRANTED}
+            wanted["transferring"] = IncomingState.GRANTED
             assert outgoing == [OutgoingState.SENT]
-            assert landing == [wanted.get(state, LandingState.EXPECTED)]
+            assert landing == [wanted.get(state, IncomingState.EXPECTED)]
         elif state != "parked":
             assert landing == []
-            assert len(self.d.worker.decode.running) == (state != "preempted")
+            assert len(self.d.worker.decode.scheduler.running) == (state != "preempted")
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -54,7 +54,7 @@ class Scene:
         self.p.weather.delay("block")
         for _ in range(6):
             self.turn()
-        assert len(self.d.worker.landings) == len(self.p.worker.outgoing) == 1
+        assert self.d.worker.decode.arriving == self.p.worker.handing_off == 1
 
     def failures(self, name: str) -> list[str]:
         return [event.reason for event in self.cluster.nodes[name].heard if isinstance(event, Failed)]

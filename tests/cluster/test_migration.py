@@ -36,11 +36,11 @@ def other(s: ToyService, name: str = "a", sample: int = 0) -> str:
 
 def migration_state(s: ToyService, engine: str, name: str = "a", sample: int = 0) -> MigrationState | None:
     worker = s.nodes[engine].worker
-    live = [leg.live[sample] for leg in worker.legs if sample in leg.live]
-    return worker.migrations.state(live[0]) if live else None
+    live = [leg.live[sample] for leg in worker.ledger.legs if sample in leg.live]
+    return worker.decode.migrations.state(live[0]) if live else None
 
 
-async def begin(s: ToyService, to: str, name: str = "a", sample: int = 0) -> asyncio.Task[str]:
+async def begin(s: ToyService, to: str, name: str = "a", sample: int = 0) -> asyncio.Task[str | None]:
     task = asyncio.ensure_future(s.client.migrate(name, sample, to))
     await s.breathe()
     return task
@@ -54,7 +54,7 @@ async def test_sequence_moves_and_its_tokens_stay() -> None:
     await s.until(task.done)
     assert task.result() is None
     assert s.where("a") == target
-    assert not len(s.nodes[str(source)].worker.legs), "the source has nothing left of it"
+    assert not s.nodes[str(source)].worker.num_requests, "the source has nothing left of it"
     await s.settle()
     s.assert_clean()
     assert stream.done
@@ -99,14 +99,13 @@ async def test_only_what_changed_travels_while_it_stands_still() -> None:
     source, target = str(s.where("a")), other(s)
     task = await begin(s, target)
     await s.until(lambda: migration_state(s, source) is MigrationState.PAUSED)
-    carrier = list(s.nodes[source].worker.outgoing._open.values())
-    assert len(carrier) == 1
+    assert s.nodes[source].worker.handing_off == 1
     s.nodes[source].poll()  # the last blocks and DONE leave
     s.nodes[target].poll()
     for _ in range(2 if s.engine.pipelined else 1):  # launched by the first, landed by the second
         s.step(target)
     await s.deliver(target)
-    assert task.done(), "the target has spoken; the move is over for the client"
+    assert task.done(), "the target has spoken; the migration is over for the client"
     await s.settle()
     s.assert_clean()
 

@@ -26,14 +26,14 @@ def test_hand_offs_that_nobody_takes_fill_a_part_of_the_pool_only() -> None:
     for i in range(10):
         b.submit(request(f"p{i}", prompt_of(20, i)), LegKind.PREFILL)
     b.run()
-    assert len(b.worker.outgoing) == 6, "six times five blocks are three quarters of forty"
+    assert b.worker.handing_off == 6, "six times five blocks are three quarters of forty"
     b.submit(request("local", prompt_of(8, 77), max_tokens=4))
     b.run()
     assert b.tokens("local") == expected_tokens(prompt_of(8, 77), 4), "what needs no hand-off goes on"
     b.worker.handle(Released(HandoffKey("p0", 0), acked=True), b.now)
     b.run()
-    assert len(b.worker.outgoing) == 6, "one out, one in"
-    assert HandoffKey("p0", 0) not in b.worker.outgoing
+    assert b.worker.handing_off == 6, "one out, one in"
+    assert HandoffKey("p0", 0) not in b.worker.prefill.outgoing
 
 
 def test_number_of_open_hand_offs_is_capped() -> None:
@@ -41,7 +41,7 @@ def test_number_of_open_hand_offs_is_capped() -> None:
     for i in range(5):
         b.submit(request(f"p{i}", prompt_of(5, i)), LegKind.PREFILL)
     b.run()
-    assert len(b.worker.outgoing) == 3
+    assert b.worker.handing_off == 3
 
 
 def test_prompt_larger_than_the_cap_still_runs_alone() -> None:
@@ -49,7 +49,7 @@ def test_prompt_larger_than_the_cap_still_runs_alone() -> None:
     b = bench(num_blocks=40)
     b.submit(request("huge", prompt_of(150)), LegKind.PREFILL)
     b.run()
-    assert len(b.worker.outgoing) == 1
+    assert b.worker.handing_off == 1
 
 
 def test_queue_beyond_its_cap_refuses_by_name() -> None:

@@ -99,7 +99,7 @@ def test_preemption_by_a_tiny_pool(make_bench: MakeBench, tiny_model: TinyModels
     for i, prompt in enumerate(prompts()):
         bench.submit(greedy(f"r{i}", prompt))
     bench.run()
-    assert bench.worker.decode.num_preemptions > 0
+    assert bench.worker.decode.scheduler.num_preemptions > 0
     for i, prompt in enumerate(prompts()):
         assert bench.tokens(f"r{i}") == oracle_tokens(model, prompt, NUM_TOKENS), f"request {i}"
     bench.assert_clean()

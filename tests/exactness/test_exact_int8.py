@@ -71,7 +71,7 @@ def test_one_engine(tiny_model: TinyModels, oracle: Oracle, family: Family, pipe
     small = family is Family.LLAMA
     made = bench(tiny_model(family), pipelined, 22 if small else 400)
     run_twice(made, oracle(family))
-    assert (made.worker.decode.num_preemptions > 0) is small
+    assert (made.worker.decode.scheduler.num_preemptions > 0) is small
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,11 +17,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from kvbaton.cluster.host import engine_host
 from kvbaton.cluster.host.engine_host import EngineHost, EngineHostSettings, EngineStats
 from kvbaton.cluster.store.redis_store import RedisStore
 from kvbaton.cluster.store.store import MemoryStore
+from kvbaton.engine.batch import Pending, ScheduledRow
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
+from kvbaton.engine.engine import Engine
 from kvbaton.engine.kv.block_owners import BlockAudit
+from kvbaton.engine.model.model_loader import LoadedModel
 from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.router.engine_info import EngineInfo, EngineState, Role
 
@@ -157,11 +163,11 @@ class EngineProcess:
         return answer
 
 
-class SlowEngine:
-    """The engine of a worker, with a pause before each forward pass."""
+class SlowEngine(Engine):
+    """An engine with a pause before each forward pass."""
 
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
+    def __init__(self, config: EngineConfig, model: LoadedModel, device: torch.device) -> None:
+        super().__init__(config, model, device)
         self._pause_s = 0.0
         self._changed = threading.Event()
 
@@ -169,14 +175,11 @@ class SlowEngine:
         self._pause_s = seconds
         self._changed.set()
 
-    def launch(self, rows: Any) -> Any:
+    def launch(self, rows: list[ScheduledRow]) -> Pending:
         if self._pause_s:
             self._changed.clear()
             self._changed.wait(self._pause_s)
-        return self._inner.launch(rows)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+        return super().launch(rows)
 
 
 def _main(pipe: Connection, settings: EngineHostSettings, store_url: str | None) -> None:
@@ -185,14 +188,13 @@ def _main(pipe: Connection, settings: EngineHostSettings, store_url: str | None)
 
 async def _serve(pipe: Connection, settings: EngineHostSettings, store_url: str | None) -> None:
     store = MemoryStore() if store_url is None else await RedisStore.open(store_url)
+    engine_host.Engine = SlowEngine  # type: ignore[misc,attr-defined]
     host = EngineHost(settings, store)
     try:
         pipe.send(await host.start())
     except Exception as error:
         pipe.send(error)
         return
-    worker = _parts(host).worker
-    worker._engine = SlowEngine(worker._engine)
     loop = asyncio.get_running_loop()
     questions: asyncio.Queue[Any] = asyncio.Queue()
 
@@ -221,7 +223,7 @@ async def _answer(host: EngineHost, question: Any) -> Any:
     if kind == "blocks":
         return _digests(host, value)
     if kind == "slow":
-        parts.worker._engine.pause(value)  # type: ignore[attr-defined]
+        parts.worker.engine.pause(value)
     elif kind == "announce":
         await parts.registration.update(replace(parts.registration.info, state=value))
     elif kind == "cut":
@@ -252,7 +254,7 @@ def _digests(host: EngineHost, tokens: list[int]) -> dict[int, str]:
 
     from kvbaton.engine.block_hash import block_hashes
 
-    engine = _parts(host).worker._engine
+    engine = _parts(host).worker.engine
     hashes = block_hashes(tokens, engine.kv.block_size)
     held = engine.kv.match(hashes)  # the engine is idle when tests ask
     digests = {

@@ -7,8 +7,11 @@ their hand-off.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from kvbaton.cluster.host.worker import Worker
-from kvbaton.engine.first_tokens import encode_first_tokens
+from kvbaton.engine.handoff_payload import encode_first_tokens
+from kvbaton.engine.kv.kv_manager import KVManager
 from kvbaton.kvtransfer.agent import TransferAgent
 from kvbaton.kvtransfer.faults import Fault, FaultyChannel, FaultyTransport
 from kvbaton.kvtransfer.loopback import LoopbackChannel
@@ -63,13 +66,25 @@ class Weather:
         return self._once.pop(what, Fault.DELAY if what in self._delayed else Fault.PASS)
 
 
-def assert_only_owners_are_touched(name: str, worker: Worker, transport: FaultyTransport) -> None:
+class Touched(Protocol):
+    """An engine whose transfers are looked at."""
+
+    name: str
+    worker: Worker
+    transport: FaultyTransport
+
+    @property
+    def kv(self) -> KVManager: ...
+
+
+def assert_only_owners_are_touched(node: Touched) -> None:
     """Every block that a transfer may still write belongs to a landing, every one that it may still read to an outgoing
     hand-off, and either has a holder. Guards blocks given back while the network still has them."""
-    kv = worker._engine.kv
-    landing = {block for item in worker.landings._open.values() for block in item.blocks}
-    outgoing = {block for item in worker.outgoing._open.values() for block in item.seq.block_table}
-    for channel in transport.channels.values():
+    name, kv, worker = node.name, node.kv, node.worker
+    sent = (*worker.prefill.outgoing.held(), *worker.decode.migrations.held())
+    landing = {block for holding in worker.decode.arrivals.held() for block in holding.blocks}
+    outgoing = {block for holding in sent for block in holding.blocks}
+    for channel in node.transport.channels.values():
         for block in written(channel):
             assert block in landing, f"{name}: block {block} may be written but no landing has it"
             assert kv.holders(block) == 1, f"{name}: landing block {block} has {kv.holders(block)} holders"

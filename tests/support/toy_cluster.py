@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from kvbaton.cluster.host.inbox import Item
 from kvbaton.cluster.host.worker import Worker
 from kvbaton.engine.config import BatchConfig
+from kvbaton.engine.kv.kv_manager import KVManager
 from kvbaton.engine.orders import Abort, LegKind, Submit, Submitted
 from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenOutput
 from kvbaton.kvtransfer.agent import TransferAgent
@@ -73,6 +74,10 @@ class Node:
         self.clock = clock
         self.alive = True
 
+    @property
+    def kv(self) -> KVManager:
+        return self.engine.kv
+
     def _hear(self, event: Event) -> None:
         self.heard.append(event)
         self.inbox.append(event)
@@ -124,14 +129,14 @@ class Node:
     def audit(self) -> None:
         """Every block has one owner that the engine's books know, and no transfer touches another's."""
         assert self.worker.audit().problems == (), self.name
-        assert_only_owners_are_touched(self.name, self.worker, self.transport)
+        assert_only_owners_are_touched(self)
 
     def assert_clean(self) -> None:
         audit = self.worker.audit()
         assert (audit.problems, audit.held) == ((), 0), f"{self.name} holds blocks: {audit}"
-        assert not len(self.worker.legs), f"{self.name} still legs requests"
-        assert not len(self.worker.outgoing), f"{self.name} has outgoing hand-offs"
-        assert not len(self.worker.landings), f"{self.name} has landings"
+        assert not self.worker.num_requests, f"{self.name} still has requests"
+        assert not self.worker.handing_off, f"{self.name} has outgoing hand-offs"
+        assert not self.worker.decode.arriving, f"{self.name} has landings"
         stats = self.agent.stats()
         assert (stats.sending, stats.receiving, stats.quarantined_blocks) == (0, 0, 0)
 

@@ -195,9 +195,9 @@ class ToyService:
         while node.inbox:
             node.worker.handle(node.inbox.popleft(), self.clock())
         node.worker.step(self.clock())
-        assert_only_owners_are_touched(name, node.worker, node.transport)
+        assert_only_owners_are_touched(node)
         outputs = node.worker.take_outputs().get(session.session_id, [])
-        notices = [notice for sid, notice in node.worker.outbox.take_notices() if sid == session.session_id]
+        notices = [notice for sid, notice in node.worker.take_notices() if sid == session.session_id]
         session.downlink.append((outputs, node.worker.load(0.01), notices))
 
     async def deliver(self, name: str) -> None:

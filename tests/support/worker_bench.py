@@ -25,6 +25,15 @@ def request(name: str, prompt: tuple[int, ...], max_tokens: int = 8, **kwargs: o
     return Request(name, prompt, sampling, sample_indices=tuple(range(n)), emitted=emitted)  # type: ignore[call-overload]
 
 
+def squeeze(engine: StepEngine, worker: Worker, now: float) -> None:
+    """Somebody takes every free block for a while, until a running sequence has to give its own up."""
+    worker.settle()
+    taken = engine.kv.allocate(engine.kv.available)
+    while not worker.prefill.owes_blocks:
+        worker.step(now)
+    engine.kv.release(taken)
+
+
 class WorkerBench:
     """One worker, driven by hand, collecting what it publishes."""
 
@@ -72,6 +81,6 @@ class WorkerBench:
         audit = self.worker.audit()
         assert audit.problems == ()
         assert audit.held == 0
-        assert len(self.worker.legs) == 0
-        assert len(self.worker.outgoing) == 0
-        assert len(self.worker.landings) == 0
+        assert self.worker.num_requests == 0
+        assert self.worker.handing_off == 0
+        assert self.worker.decode.arriving == 0

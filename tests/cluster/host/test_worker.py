@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from kvbaton.engine.config import BatchConfig
-from kvbaton.engine.first_tokens import decode_first_tokens, encode_first_tokens
+from kvbaton.engine.handoff_payload import decode_first_tokens, encode_first_tokens
 from kvbaton.engine.orders import Abort, LegKind
 from kvbaton.engine.outgoing import OutgoingState
 from kvbaton.engine.request import FinishReason, Request, SamplingParams
 from kvbaton.kvtransfer.messages import Cause, Failed, HandoffKey, Landed, Landing, Offer, Offered, Released
 from support.toy_engine import ToyEngine, expected_tokens
-from support.worker_bench import PEER, SESSION, WorkerBench, prompt_of, request
+from support.worker_bench import PEER, SESSION, WorkerBench, prompt_of, request, squeeze
 
 pytestmark = pytest.mark.usefixtures("_each_way")
 
@@ -98,7 +98,7 @@ def test_tiny_pool_preempts_the_youngest_and_stays_exact() -> None:
         bench.submit(request(f"r{i}", prompt_of(6, i), max_tokens=24))
         bench.step()
     bench.run()
-    assert bench.worker.decode.num_preemptions > 0
+    assert bench.worker.decode.scheduler.num_preemptions > 0
     for i in range(5):
         assert bench.tokens(f"r{i}") == expected_tokens(prompt_of(6, i), 24)
     bench.assert_clean()
@@ -203,9 +203,9 @@ class TestPrefillLeg:
         for _ in range(steps):
             bench.step()
         key = HandoffKey("p", 0)
-        state = bench.worker.outgoing.state(key)
+        state = bench.worker.prefill.outgoing.state(key)
         bench.worker.handle(Abort(SESSION, "p"), bench.now)
-        expected = {0: None, 1: OutgoingState.COMPUTING, 2: OutgoingState.COMPUTING, 5: OutgoingState.SENT}
+        expected = {0: None, 1: OutgoingState.OPEN, 2: OutgoingState.OPEN, 5: OutgoingState.SENT}
         assert state is expected[steps]
         assert bench.engine.kv.counts().held == (5 if steps else 0)
         if steps:
@@ -344,10 +344,7 @@ class TestDecodeLeg:
             bench.worker.handle(Landed(key, encode_first_tokens({0: 3})), bench.now)
             bench.step()
         if state == "preempted":
-            bench.settle()
-            victim = bench.worker.decode.running.pop()
-            bench.worker.decode._preempt(victim)
-            bench.worker.prefill.add(victim)
+            squeeze(bench.engine, bench.worker, bench.now)
         bench.worker.handle(Abort(SESSION, "d"), bench.now)
         bench.worker.handle(Released(key, acked=False), bench.now)
         bench.run()

@@ -145,7 +145,6 @@ class KVManagerMachine(RuleBasedStateMachine):
     def start_prompt(self, prompt: tuple[int, ...]) -> object:
         """As the prefill scheduler does: match, allocate the rest, give up cleanly."""
         wanted = block_hashes(prompt, BLOCK)
-        assert self.kv.peek(wanted) == sum(h in self.naive.entries for h in wanted)
         cached = self.kv.match(wanted)
         assert cached == self.naive.match(wanted)
         count = -(-len(prompt) // BLOCK) - len(cached)
@@ -192,17 +191,10 @@ class KVManagerMachine(RuleBasedStateMachine):
 
     @rule(seq=consumes(held))
     def release(self, seq: Held) -> None:
-        self.kv.release(seq.table)
+        table = list(seq.table)
+        self.kv.free(table)
+        assert table == []
         self.naive.release(list(seq.table))
-
-    @rule()
-    def clear(self) -> None:
-        for block_hash in reversed(list(self.naive.entries)):
-            block_id = self.naive.entries.pop(block_hash).block_id
-            self.naive.events.append((CacheEventKind.EVICTED, block_hash))
-            if block_id not in self.naive.holders:
-                self.naive.free.append(block_id)
-        self.kv.clear_cache()
 
     @invariant()
     def agree(self) -> None:

@@ -99,15 +99,6 @@ def test_a_hash_or_block_is_registered_once() -> None:
         cache.insert(None, b"b", 0)
 
 
-def test_clear_gives_children_before_parents() -> None:
-    """Guards the events made from it: a router must never see a prefix vanish under its extension."""
-    cache, blocks = tree("ab")
-    release(cache, blocks, "ab")
-    assert [(node.block_hash, node.held) for node in cache.clear()] == [(b"ab", False), (b"a", True)]
-    assert (len(cache), cache.num_evictable, cache.match([b"a"])) == (0, 0, [])
-    cache.check()
-
-
 def test_check_finds_a_broken_count() -> None:
     """Guards the guard: teardown checks that cannot fail protect nothing."""
     cache, blocks = tree("ab")
