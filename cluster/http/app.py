@@ -9,15 +9,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from kvbaton.cluster.http.cancel import CancelEndpoint
+from kvbaton.cluster.http.answer import TokenTexts
 from kvbaton.cluster.http.chat import ChatEndpoint
 from kvbaton.cluster.http.completions import CompletionEndpoint
+from kvbaton.cluster.http.endpoints import ServiceEndpoints
 from kvbaton.cluster.http.errors import ApiError, ErrorBody, from_invalid_request
 from kvbaton.cluster.http.gate import Front, Gate
-from kvbaton.cluster.http.logprobs import TokenTexts
 from kvbaton.cluster.http.service import Service
-from kvbaton.cluster.http.status import StatusEndpoints
-from kvbaton.cluster.http.tokens import TokenEndpoints
 from kvbaton.engine.request import InvalidRequest
 
 
@@ -35,20 +33,19 @@ def create_app(service: Service) -> FastAPI:
 
 def _add_routes(app: FastAPI, service: Service) -> None:
     texts = TokenTexts(service.tokenizer)
-    tokens = TokenEndpoints(service)
-    status = StatusEndpoints(service)
+    other = ServiceEndpoints(service)
     routes: tuple[tuple[str, str, Callable[..., Awaitable[Response]]], ...] = (
         ("POST", "/v1/chat/completions", ChatEndpoint(service, texts).create),
         ("POST", "/v1/completions", CompletionEndpoint(service, texts).create),
-        ("DELETE", "/v1/requests/{call_id}", CancelEndpoint(service).cancel),
-        ("POST", "/tokenize", tokens.tokenize),
-        ("POST", "/detokenize", tokens.detokenize),
-        ("GET", "/v1/models", status.models),
-        ("GET", "/v1/models/{model:path}", status.model),
-        ("GET", "/health", status.health),
-        ("GET", "/ready", status.ready),
-        ("GET", "/version", status.version),
-        ("GET", "/metrics", status.metrics),
+        ("DELETE", "/v1/requests/{call_id}", other.cancel),
+        ("POST", "/tokenize", other.tokenize),
+        ("POST", "/detokenize", other.detokenize),
+        ("GET", "/v1/models", other.models),
+        ("GET", "/v1/models/{model:path}", other.model),
+        ("GET", "/health", other.health),
+        ("GET", "/ready", other.ready),
+        ("GET", "/version", other.version),
+        ("GET", "/metrics", other.metrics),
     )
     for method, path, handler in routes:
         app.add_api_route(path, handler, methods=[method], response_model=None)

@@ -1,20 +1,33 @@
-"""`/v1/completions`."""
+"""`/v1/completions`: the endpoint, and its answer as bytes, a stream of chunks or one body."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import orjson
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from kvbaton.cluster.http.calls import CallBuilder, check_common, envelope, extras
-from kvbaton.cluster.http.cancel import time_limit_s
-from kvbaton.cluster.http.completion_render import CompletionShape, CompletionStream, CompletionWhole
+from kvbaton.cluster.http.answer import (
+    DONE,
+    Extras,
+    Renderer,
+    TokenTexts,
+    answer_head,
+    extras,
+    finish_json,
+    json_logprob,
+    usage_json,
+)
+from kvbaton.cluster.http.call import CallBuilder, TokenBudget, check_common, time_limit_s
 from kvbaton.cluster.http.errors import bad_request, unsupported
-from kvbaton.cluster.http.logprobs import TokenTexts
+from kvbaton.cluster.http.generation import Delta, PromptRun, Usage
 from kvbaton.cluster.http.prompts import Prompt, read_prompts, split_prompts
 from kvbaton.cluster.http.protocol import CompletionRequest, parse_body
-from kvbaton.cluster.http.reply import GenerationReply, Renderer
-from kvbaton.cluster.http.sampling import LogprobDepth, TokenBudget
+from kvbaton.cluster.http.reply import GenerationReply
 from kvbaton.cluster.http.service import Service
+from kvbaton.engine.request import FinishReason, TokenLogprobs
 
 DEFAULT_MAX_TOKENS = 16  # the API's own default here; a chat goes on to the end of the context
 
@@ -31,19 +44,18 @@ class CompletionEndpoint:
         check_legacy(body)
         call_id = f"cmpl-{service.new_id()}"
         calls = CallBuilder(service, body, call_id, token_budget(body), time_limit_s(http, body))
-        prompts = split_prompts(body.prompt, service.limits.max_prompts)
-        depth = LogprobDepth(body.logprobs, body.logprobs if body.echo else None)
-        for prompt in await read_prompts(
-            service.tokenizer, service.model, prompts, add_special_tokens=body.add_special_tokens is not False
-        ):
-            calls.add(prompt, depth, scores_only(body))
+        given = split_prompts(body.prompt, service.limits.max_prompts)
+        special = body.add_special_tokens is not False
+        prompts = await read_prompts(service.tokenizer, service.model, given, add_special_tokens=special)
+        for prompt in prompts:
+            calls.add(prompt, body.logprobs, body.logprobs if body.echo else None, discard=scores_only(body))
         shape = CompletionShape(
-            envelope=envelope(service, call_id),
+            head=answer_head(service, call_id, "text_completion"),
             extras=extras(body, body.logprobs is not None),
             runs=calls.runs,
-            samples=len(calls.runs[0].samples),
+            samples=len(calls.runs[0].choices),
             texts=self._texts,
-            echo=tuple(self._echo_text(run.prompt) for run in calls.runs) if body.echo else (),
+            echo=tuple(self._echo_text(prompt) for prompt in prompts) if body.echo else (),
         )
         generation = calls.start()
         renderer: Renderer = CompletionStream(shape, generation.usage) if body.stream else CompletionWhole(shape)
@@ -75,3 +87,204 @@ def token_budget(body: CompletionRequest) -> TokenBudget:
     if "max_tokens" in body.model_fields_set:
         return TokenBudget(body.max_tokens)
     return TokenBudget(None, default=DEFAULT_MAX_TOKENS)
+
+
+@dataclass(slots=True)
+class LegacyLogprobs:
+    """The four parallel lists of `/v1/completions`. `offset` is where the next token's text begins."""
+
+    offset: int = 0
+    tokens: list[str] = field(default_factory=list)
+    token_logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
+    text_offset: list[int] = field(default_factory=list)
+
+    def add(self, texts: TokenTexts, token_id: int, logprobs: TokenLogprobs | None) -> None:
+        """The first token of a prompt has no log-probability: nothing precedes it."""
+        text = texts.of(token_id)
+        self.tokens.append(text.label)
+        self.text_offset.append(self.offset)
+        self.offset += text.chars
+        if logprobs is None:
+            self.token_logprobs.append(None)
+            self.top_logprobs.append(None)
+            return
+        self.token_logprobs.append(json_logprob(logprobs.logprob))
+        best = {texts.of(other).label: json_logprob(value) for other, value in logprobs.top}
+        best.setdefault(text.label, json_logprob(logprobs.logprob))
+        self.top_logprobs.append(best)
+
+    def take_json(self) -> bytes:
+        """What was added since the last call."""
+        lists = (self.tokens, self.token_logprobs, self.top_logprobs, self.text_offset)
+        body = orjson.dumps(dict(zip(("tokens", "token_logprobs", "top_logprobs", "text_offset"), lists, strict=True)))
+        for one in (self.tokens, self.token_logprobs, self.top_logprobs, self.text_offset):
+            one.clear()
+        return body
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionShape:
+    """What both forms are made from. Choice `i` is a sample of prompt `i // samples`; `echo` has each prompt's text,
+    or is empty."""
+
+    head: bytes
+    extras: Extras
+    runs: Sequence[PromptRun]
+    samples: int
+    texts: TokenTexts
+    echo: tuple[str, ...] = ()
+
+    @property
+    def choices(self) -> int:
+        return len(self.runs) * self.samples
+
+    def run(self, choice: int) -> PromptRun:
+        return self.runs[choice // self.samples]
+
+    def echo_text(self, choice: int) -> str:
+        return self.echo[choice // self.samples]
+
+    def add_prompt(self, legacy: LegacyLogprobs, choice: int) -> None:
+        """The prompt's tokens, echoed with the log-probabilities that came with the first token."""
+        run = self.run(choice)
+        known = run.prompt_logprobs or (None,) * len(run.request.prompt)
+        for token_id, logprobs in zip(run.request.prompt, known, strict=True):
+            legacy.add(self.texts, token_id, logprobs)
+
+    def add_token(self, legacy: LegacyLogprobs, delta: Delta) -> None:
+        if delta.token_id is not None and delta.logprobs is not None:
+            legacy.add(self.texts, delta.token_id, delta.logprobs)
+
+
+class CompletionStream:
+    """Chunks. The echoed prompt of a choice is its first chunk."""
+
+    def __init__(self, shape: CompletionShape, count: Callable[[], Usage]) -> None:
+        self._shape = shape
+        self._count = count
+        extras = shape.extras
+        self._plain = not (extras.logprobs or extras.token_ids or extras.running_usage)
+        self._head = b"data: " + shape.head
+        self._starts = [self._head + b'[{"index":%d,"text":' % index for index in range(shape.choices)]
+        self._text_end = b',"logprobs":null,"finish_reason":null}]' + self._tail()
+        self._legacy = [LegacyLogprobs() for _ in range(shape.choices)] if extras.logprobs else []
+        self._unopened = set(range(shape.choices)) if shape.echo or extras.token_ids else set[int]()
+
+    def render(self, deltas: Sequence[Delta]) -> bytes:
+        out = []
+        for delta in deltas:
+            if delta.choice in self._unopened:
+                out.append(self._opening(delta.choice))
+            if delta.finish is not None or not self._plain:
+                out.append(self._chunk(delta))
+            elif delta.text:
+                out.append(self._starts[delta.choice] + orjson.dumps(delta.text) + self._text_end)
+        return b"".join(out)
+
+    def close(self, usage: Usage) -> bytes:
+        if not self._shape.extras.usage:
+            return DONE
+        return self._head + b'[],"usage":' + usage_json(usage) + b"}\n\n" + DONE
+
+    def _tail(self) -> bytes:
+        if self._shape.extras.running_usage:
+            return b',"usage":' + usage_json(self._count()) + b"}\n\n"
+        return b',"usage":null}\n\n' if self._shape.extras.usage else b"}\n\n"
+
+    def _opening(self, choice: int) -> bytes:
+        self._unopened.discard(choice)
+        ids = b""
+        if self._shape.extras.token_ids:
+            ids = b',"prompt_token_ids":' + orjson.dumps(self._shape.run(choice).request.prompt) + b',"token_ids":[]'
+        if self._shape.echo and self._legacy:
+            self._shape.add_prompt(self._legacy[choice], choice)
+        text = self._shape.echo_text(choice) if self._shape.echo else ""
+        return self._assemble(choice, text, None, ids)
+
+    def _chunk(self, delta: Delta) -> bytes:
+        """Nothing where there is nothing to say: no text, no end, and nobody asked for more."""
+        extras = self._shape.extras
+        if not (delta.text or delta.finish or extras.logprobs or extras.token_ids):
+            return b""
+        if self._legacy:
+            self._shape.add_token(self._legacy[delta.choice], delta)
+        ids = b""
+        if extras.token_ids:
+            ids = b',"token_ids":' + orjson.dumps([] if delta.token_id is None else [delta.token_id])
+        return self._assemble(delta.choice, delta.text, delta.finish, ids)
+
+    def _assemble(self, choice: int, text: str, finish: FinishReason | None, ids: bytes) -> bytes:
+        parts = (
+            self._starts[choice],
+            orjson.dumps(text),
+            b',"logprobs":',
+            self._legacy[choice].take_json() if self._legacy else b"null",
+            b',"finish_reason":',
+            finish_json(finish),
+            ids,
+            b"}]",
+            self._tail(),
+        )
+        return b"".join(parts)
+
+
+@dataclass(slots=True)
+class _Text:
+    """One choice of a whole answer as it is collected."""
+
+    text: list[str] = field(default_factory=list)
+    logprobs: LegacyLogprobs = field(default_factory=LegacyLogprobs)
+    token_ids: list[int] = field(default_factory=list)
+    finish: FinishReason | None = None
+
+
+class CompletionWhole:
+    """One body, complete when `close` is called."""
+
+    def __init__(self, shape: CompletionShape) -> None:
+        self._shape = shape
+        self._choices = [_Text() for _ in range(shape.choices)]
+        self._unopened = set(range(shape.choices)) if shape.echo else set[int]()
+
+    def render(self, deltas: Sequence[Delta]) -> bytes:
+        for delta in deltas:
+            if delta.choice in self._unopened:
+                self._echo(delta.choice)
+            self._add(self._choices[delta.choice], delta)
+        return b""
+
+    def _echo(self, choice: int) -> None:
+        self._unopened.discard(choice)
+        self._choices[choice].text.append(self._shape.echo_text(choice))
+        if self._shape.extras.logprobs:
+            self._shape.add_prompt(self._choices[choice].logprobs, choice)
+
+    def _add(self, text: _Text, delta: Delta) -> None:
+        text.text.append(delta.text)
+        text.finish = delta.finish
+        if delta.token_id is not None:
+            text.token_ids.append(delta.token_id)
+        if self._shape.extras.logprobs:
+            self._shape.add_token(text.logprobs, delta)
+
+    def close(self, usage: Usage) -> bytes:
+        choices = b",".join(self._choice(index, text) for index, text in enumerate(self._choices))
+        return self._shape.head + b"[" + choices + b'],"usage":' + usage_json(usage) + b"}"
+
+    def _choice(self, index: int, text: _Text) -> bytes:
+        ids = b""
+        if self._shape.extras.token_ids:
+            prompt = orjson.dumps(self._shape.run(index).request.prompt)
+            ids = b',"token_ids":' + orjson.dumps(text.token_ids) + b',"prompt_token_ids":' + prompt
+        parts = (
+            b'{"index":%d,"text":' % index,
+            orjson.dumps("".join(text.text)),
+            b',"logprobs":',
+            text.logprobs.take_json() if self._shape.extras.logprobs else b"null",
+            b',"finish_reason":',
+            finish_json(text.finish),
+            ids,
+            b"}",
+        )
+        return b"".join(parts)

@@ -1,6 +1,7 @@
 """Errors as clients see them: an HTTP status and the body `{"error": {message, type, param, code}}`.
 
-A message says what the client can change, never a path, a host or a traceback of this service.
+A message says what the client can change, never a path, a host or a traceback of this service. Routes raise `ApiError`;
+`send_error` is for the ASGI layers around and below them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import orjson
 from pydantic import ValidationError
 from starlette.responses import Response
+from starlette.types import Message, Send
 
 from kvbaton.cluster.client.api import Overloaded, ServiceError
 from kvbaton.engine.request import InvalidRequest
@@ -72,6 +74,20 @@ def unsupported(param: str, hint: str = "") -> ApiError:
 
 
 INTERNAL_ERROR = ErrorBody(500, "internal error", code="internal_error")
+
+
+def error_start(error: ErrorBody, close: bool = False) -> Message:
+    """`close`: what is left of the body will not be read, so the connection cannot serve another call."""
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(error.json())).encode())]
+    headers += [(name.encode(), value.encode()) for name, value in error.headers().items()]
+    if close:
+        headers.append((b"connection", b"close"))
+    return {"type": "http.response.start", "status": error.status, "headers": headers}
+
+
+async def send_error(send: Send, error: ErrorBody) -> None:
+    await send(error_start(error))
+    await send({"type": "http.response.body", "body": error.json()})
 
 
 def from_invalid_request(error: InvalidRequest) -> ErrorBody:

@@ -126,6 +126,7 @@ async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
         await asyncio.wait(tasks)
 
 
-def merged_feed(client: GenerationClient, requests: Sequence[Request]) -> Feed:
+def open_feed(client: GenerationClient, requests: Sequence[Request]) -> Feed:
+    """The feed of a call's requests, one stream each in their order."""
     streams = [TokenStream(client, request) for request in requests]
     return SingleFeed(streams[0]) if len(streams) == 1 else MergedFeed(streams)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvbaton.cluster.http.errors import INTERNAL_ERROR, ErrorBody
+from kvbaton.cluster.http.errors import INTERNAL_ERROR, ErrorBody, error_start, send_error
 from kvbaton.cluster.http.metrics import HttpMetrics
 
 logger = logging.getLogger(__name__)
@@ -148,20 +148,6 @@ async def _discard(receive: Receive, max_bytes: int) -> None:
         if message["type"] != "http.request" or not message.get("more_body", False):
             return
         max_bytes -= len(message.get("body", b""))
-
-
-def error_start(error: ErrorBody, close: bool = False) -> Message:
-    """`close`: what is left of the body will not be read, so the connection cannot serve another call."""
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(error.json())).encode())]
-    headers += [(name.encode(), value.encode()) for name, value in error.headers().items()]
-    if close:
-        headers.append((b"connection", b"close"))
-    return {"type": "http.response.start", "status": error.status, "headers": headers}
-
-
-async def send_error(send: Send, error: ErrorBody) -> None:
-    await send(error_start(error))
-    await send({"type": "http.response.body", "body": error.json()})
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

@@ -1,9 +1,14 @@
-"""Counters and latency histograms of one ingress replica, in a registry of its own. All times are seconds."""
+"""Counters and latency histograms of one ingress replica in its own registry, and the timer with which each call fills
+them. All times are seconds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from kvbaton.engine.request import FinishReason
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _TTFT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -61,3 +66,45 @@ class HttpMetrics:
 
     def render(self) -> str:
         return generate_latest(self.registry).decode()
+
+
+class CallTimer:
+    """Latency and token counts of one call. Starts when it is made: once the request has been read and checked."""
+
+    __slots__ = ("_clock", "_closed", "_last_s", "_metrics", "_started_s", "_tokens")
+
+    def __init__(self, metrics: HttpMetrics, clock: Callable[[], float]) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self._started_s = clock()
+        self._last_s: float | None = None
+        self._tokens = 0
+        self._closed = False
+
+    def arrived(self, tokens: int) -> None:
+        """`tokens` tokens came together."""
+        now = self._clock()
+        if self._last_s is None:
+            self._metrics.ttft.observe(now - self._started_s)
+        else:
+            self._metrics.itl.observe(now - self._last_s)
+        self._last_s = now
+        self._tokens += tokens
+
+    def choice_ended(self, reason: FinishReason) -> None:
+        self._metrics.finished.labels(reason.value).inc()
+
+    def finished(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """Every choice is complete. `cached_tokens` of the prompt tokens were not computed again."""
+        self._metrics.e2e.observe(self._clock() - self._started_s)
+        self._metrics.prompt_tokens.inc(prompt_tokens)
+        self._metrics.cached_tokens.inc(cached_tokens)
+
+    def closed(self, unfinished: int) -> None:
+        """The call is over, with `unfinished` choices that nobody waits for any more. Only the first word counts."""
+        if self._closed:
+            return
+        self._closed = True
+        self._metrics.generated_tokens.inc(self._tokens)
+        if unfinished:
+            self._metrics.finished.labels("abandoned").inc(unfinished)

@@ -11,7 +11,8 @@ import orjson
 
 from kvbaton.cluster.http.errors import ApiError, bad_request, unsupported
 from kvbaton.cluster.http.protocol import ChatFields, ChatMessage, Tool
-from kvbaton.cluster.http.service import ModelCard, TextTokenizer
+from kvbaton.cluster.http.service import ModelCard
+from kvbaton.engine.text.tokenizer import Tokenizer
 
 Result = TypeVar("Result")
 
@@ -80,7 +81,7 @@ def _is_token_ids(value: list[Any]) -> bool:
     return all(type(token) is int for token in value)
 
 
-async def encode_text(tokenizer: TextTokenizer, text: str, add_special_tokens: bool) -> list[int]:
+async def encode_text(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
     return await _off_loop_if_long(len(text), lambda: tokenizer.encode(text, add_special_tokens))
 
 
@@ -89,7 +90,7 @@ async def _off_loop_if_long(chars: int, work: Callable[[], Result]) -> Result:
 
 
 async def read_prompts(
-    tokenizer: TextTokenizer, model: ModelCard, prompts: Sequence[str | list[int]], add_special_tokens: bool
+    tokenizer: Tokenizer, model: ModelCard, prompts: Sequence[str | list[int]], add_special_tokens: bool
 ) -> list[Prompt]:
     """The prompts of `/v1/completions`. Raises `ApiError`."""
 
@@ -114,7 +115,7 @@ def check_token_ids(token_ids: Sequence[int], model: ModelCard, param: str) -> N
         raise bad_request(f"token id {wrong} is not in the vocabulary [0, {model.vocab_size})", param)
 
 
-async def read_chat(tokenizer: TextTokenizer, model: ModelCard, body: ChatFields) -> Prompt:
+async def read_chat(tokenizer: Tokenizer, model: ModelCard, body: ChatFields) -> Prompt:
     """The prompt that the model's template makes of a conversation. Raises `ApiError` or `InvalidRequest`."""
     options = template_options(body)
     messages = [template_message(message, index) for index, message in enumerate(body.messages)]

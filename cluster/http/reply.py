@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from typing import Protocol
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from kvbaton.cluster.client.api import ServiceError
-from kvbaton.cluster.http.delta import Delta, Usage
-from kvbaton.cluster.http.errors import INTERNAL_ERROR, ErrorBody, from_invalid_request, from_service_error
-from kvbaton.cluster.http.gate import send_error
+from kvbaton.cluster.http.answer import Renderer
+from kvbaton.cluster.http.errors import INTERNAL_ERROR, ErrorBody, from_invalid_request, from_service_error, send_error
 from kvbaton.cluster.http.generation import Generation
 from kvbaton.engine.request import InvalidRequest
 
@@ -30,18 +27,6 @@ _SSE_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-
-
-class Renderer(Protocol):
-    """Deltas to bytes. A whole answer is rendered by `close` alone."""
-
-    def render(self, deltas: Sequence[Delta]) -> bytes:
-        """What can be sent now; may be empty."""
-        ...
-
-    def close(self, usage: Usage) -> bytes:
-        """The rest, once every choice is complete."""
-        ...
 
 
 class GenerationReply(Response):

@@ -5,52 +5,13 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 from kvbaton.cluster.client.api import GenerationClient
+from kvbaton.cluster.http.errors import ApiError
 from kvbaton.cluster.http.metrics import HttpMetrics
-
-
-class Detokenizer(Protocol):
-    """Turns the tokens of one sample into text as they come."""
-
-    def push(self, token_id: int) -> str:
-        """Text that is complete with this token; empty while a character is not."""
-        ...
-
-    def flush(self) -> str:
-        """What is left when no token will come any more."""
-        ...
-
-
-class TextTokenizer(Protocol):
-    """What the HTTP layer needs of a tokenizer; threads may share it."""
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
-
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
-
-    def token_text(self, token_id: int) -> str: ...
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that this token stands for, a part of a character included."""
-        ...
-
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        template_options: Mapping[str, Any] | None = None,
-    ) -> str:
-        """The prompt as text. Raises `InvalidRequest` with the template's own complaint."""
-        ...
-
-    def detokenizer(self, prompt: Sequence[int] = (), skip_special_tokens: bool = True) -> Detokenizer:
-        """A fresh stream for the tokens that follow `prompt`."""
-        ...
+from kvbaton.engine.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +65,7 @@ class Service:
     `cancel_elsewhere` tells the other replicas of a cancelled call, where there are others."""
 
     client: GenerationClient
-    tokenizer: TextTokenizer
+    tokenizer: Tokenizer
     model: ModelCard
     version: str
     defaults: SamplingDefaults = SamplingDefaults()
@@ -121,3 +82,8 @@ class Service:
     @property
     def fingerprint(self) -> str:
         return f"kvbaton-{self.version}"
+
+    def check_model(self, name: str | None) -> None:
+        """Raise `ApiError` 404 for a model that is not the one served; no name means that one."""
+        if name is not None and name != self.model.id:
+            raise ApiError(404, f"the model {name[:200]!r} does not exist", "model", "model_not_found")

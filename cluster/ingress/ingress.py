@@ -107,7 +107,7 @@ class Ingress:
 
 
 def _cancel(client: ClusterClient, service: Service, call_id: str) -> None:
-    from kvbaton.cluster.http.cancel import cancel_call
+    from kvbaton.cluster.http.call import cancel_call
 
     if cancel_call(client, call_id, service.limits.max_prompts):
         log.info("call %s was cancelled at another replica", call_id)
