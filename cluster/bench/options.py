@@ -12,8 +12,8 @@ import orjson
 
 from kvbaton.cluster.bench.connection import Address, parse_url
 from kvbaton.cluster.bench.lengths import Lengths, parse_lengths
-from kvbaton.cluster.bench.load import PrefixSharing
 from kvbaton.cluster.bench.metrics import Slo, parse_slo
+from kvbaton.cluster.bench.workload import PrefixSharing
 
 DEFAULT_REQUESTS = 100
 

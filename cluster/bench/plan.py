@@ -6,15 +6,15 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from kvbaton.cluster.bench.load import (
+from kvbaton.cluster.bench.options import ArrivalOptions, BenchOptions, RandomOptions, TraceOptions, UsageError
+from kvbaton.cluster.bench.traces import TraceEntry, read_trace
+from kvbaton.cluster.bench.workload import (
     PlannedRequest,
     poisson_arrivals,
     random_requests,
     trace_arrivals,
     trace_requests,
 )
-from kvbaton.cluster.bench.options import ArrivalOptions, BenchOptions, RandomOptions, TraceOptions, UsageError
-from kvbaton.cluster.bench.traces import TraceEntry, read_trace
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from typing import Any, Protocol
 
 from kvbaton.cluster.bench.client import Job
-from kvbaton.cluster.bench.load import PlannedRequest
 from kvbaton.cluster.bench.record import RequestRecord
+from kvbaton.cluster.bench.workload import PlannedRequest
 
 Encode = Callable[[PlannedRequest], bytes]
 

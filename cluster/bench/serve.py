@@ -23,7 +23,6 @@ from rich.console import Console
 
 from kvbaton.cluster.bench.client import CompletionClient, Job
 from kvbaton.cluster.bench.connection import ConnectionFailed, HttpClient
-from kvbaton.cluster.bench.load import PlannedRequest, warmup_request
 from kvbaton.cluster.bench.metrics import Summary, summarize
 from kvbaton.cluster.bench.options import BenchOptions, UsageError, parse_options
 from kvbaton.cluster.bench.plan import Plan, make_plan, until
@@ -35,6 +34,7 @@ from kvbaton.cluster.bench.report import Report, client_cost, print_report, writ
 from kvbaton.cluster.bench.runner import LoadRun, WallPacer
 from kvbaton.cluster.bench.target import BodyTemplate, Model, TargetError, find_model, find_vocabulary
 from kvbaton.cluster.bench.traces import TraceError
+from kvbaton.cluster.bench.workload import PlannedRequest, warmup_request
 
 EXIT_OK, EXIT_ALL_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 WARMUP_TOKENS = 32

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from kvbaton.cluster.bench.lengths import Choice, Fixed, LengthError, Lognormal, Normal, Uniform, parse_lengths
-from kvbaton.cluster.bench.load import (
+from kvbaton.cluster.bench.prompts import Kind, PromptTokens, Segment
+from kvbaton.cluster.bench.traces import TraceEntry, TraceError, read_trace
+from kvbaton.cluster.bench.workload import (
     PrefixSharing,
     poisson_arrivals,
     random_requests,
@@ -17,8 +19,6 @@ from kvbaton.cluster.bench.load import (
     trace_requests,
     warmup_request,
 )
-from kvbaton.cluster.bench.prompts import Kind, PromptTokens, Segment
-from kvbaton.cluster.bench.traces import TraceEntry, TraceError, read_trace
 
 TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
 
