@@ -17,10 +17,31 @@ import orjson
 
 from kvbaton.cluster.bench.connection import ConnectionFailed, HttpClient
 from kvbaton.cluster.bench.record import INTERRUPTED, Failure, RequestRecord, Timeline
-from kvbaton.cluster.bench.sse import DONE, SseDecoder
 
 Clock = Callable[[], float]
-MAX_MESSAGE = 200
+DONE = b"[DONE]"
+MAX_MESSAGE = 200  # bytes or characters of a server's words that are kept
+
+
+class SseDecoder:
+    """Server-sent events from body bytes cut anywhere: the `data` of each, without comments and other fields."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._data: list[bytes] = []
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """The payloads of the events that this chunk completes."""
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        events: list[bytes] = []
+        for line in lines:
+            line = line.rstrip(b"\r")
+            if line.startswith(b"data:"):
+                self._data.append(line[5:].removeprefix(b" "))
+            elif not line and self._data:
+                events.append(b"\n".join(self._data))
+                self._data.clear()
+        return events
 
 
 class Tally:

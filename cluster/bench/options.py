@@ -13,7 +13,6 @@ import orjson
 from kvbaton.cluster.bench.connection import Address, parse_url
 from kvbaton.cluster.bench.lengths import Lengths, parse_lengths
 from kvbaton.cluster.bench.metrics import Slo, parse_slo
-from kvbaton.cluster.bench.workload import PrefixSharing
 
 DEFAULT_REQUESTS = 100
 
@@ -53,6 +52,14 @@ class TraceOptions:
     speed: float
     jitter_s: float
     length_scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixSharing:
+    """Each request starts with the prefix of one of `groups` groups, `tokens` long; 0 tokens = nothing shared."""
+
+    tokens: int = 0
+    groups: int = 1
 
 
 @dataclass(frozen=True, slots=True)

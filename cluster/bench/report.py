@@ -1,4 +1,7 @@
-"""A run's result as a table for people and as JSON for programs. Seconds in JSON, milliseconds on screen."""
+"""A run as people and programs see it: a progress bar, then the result as a table and as JSON.
+
+Seconds in JSON, milliseconds on screen.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 
 import orjson
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kvbaton import __version__
@@ -18,6 +22,49 @@ from kvbaton.cluster.bench.metrics import Spread, Summary
 from kvbaton.cluster.bench.record import RequestRecord
 
 SCHEMA = "kvbaton.bench.serve/1"
+REFRESH_PER_S = 2.0
+
+
+class ProgressBar:
+    """A context manager and run observer: requests done of total, under way, failed, output tokens.
+
+    Drawn only twice a second: drawing holds the interpreter while tokens wait.
+    """
+
+    def __init__(self, console: Console, total: int | None, enabled: bool) -> None:
+        self._bar = Progress(
+            TextColumn("[progress.description]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(
+                "{task.fields[running]} under way · {task.fields[failed]} failed · {task.fields[tokens]} tokens"
+            ),
+            TimeElapsedColumn(),
+            console=console,
+            refresh_per_second=REFRESH_PER_S,
+            disable=not enabled,
+        )
+        self._task = self._bar.add_task("requests", total=total, running=0, failed=0, tokens=0)
+        self._running = 0
+        self._failed = 0
+        self._tokens = 0
+
+    def __enter__(self) -> ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def started(self) -> None:
+        self._running += 1
+        self._bar.update(self._task, running=self._running)
+
+    def finished(self, record: RequestRecord) -> None:
+        self._running -= 1
+        self._failed += not record.ok
+        self._tokens += record.output_tokens
+        self._bar.update(self._task, advance=1, running=self._running, failed=self._failed, tokens=self._tokens)
 
 
 @dataclass(frozen=True, slots=True)

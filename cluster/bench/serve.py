@@ -1,6 +1,6 @@
 """`kvbaton bench serve`: measures an OpenAI-compatible endpoint under load.
 
-    options -> model, vocabulary -> plan -> warm-up -> run -> summary -> table, JSON, PNG
+    options -> model, vocabulary -> workload -> warm-up -> run -> summary -> table, JSON, PNG
 
 Exit status: 0 when at least one request completed, 1 when none did, 2 for wrong options or an endpoint that cannot be
 measured, 130 after Ctrl-C (the partial results are printed and written all the same).
@@ -25,16 +25,13 @@ from kvbaton.cluster.bench.client import CompletionClient, Job
 from kvbaton.cluster.bench.connection import ConnectionFailed, HttpClient
 from kvbaton.cluster.bench.metrics import Summary, summarize
 from kvbaton.cluster.bench.options import BenchOptions, UsageError, parse_options
-from kvbaton.cluster.bench.plan import Plan, make_plan, until
 from kvbaton.cluster.bench.plot import PlotUnavailable, draw, load_pyplot
-from kvbaton.cluster.bench.progress import ProgressBar
-from kvbaton.cluster.bench.prompts import PromptTokens
 from kvbaton.cluster.bench.record import RequestRecord
-from kvbaton.cluster.bench.report import Report, client_cost, print_report, write_json
+from kvbaton.cluster.bench.report import ProgressBar, Report, client_cost, print_report, write_json
 from kvbaton.cluster.bench.runner import LoadRun, WallPacer
 from kvbaton.cluster.bench.target import BodyTemplate, Model, TargetError, find_model, find_vocabulary
 from kvbaton.cluster.bench.traces import TraceError
-from kvbaton.cluster.bench.workload import PlannedRequest, warmup_request
+from kvbaton.cluster.bench.workload import PlannedRequest, PromptTokens, Workload, make_workload, until, warmup_request
 
 EXIT_OK, EXIT_ALL_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 WARMUP_TOKENS = 32
@@ -55,7 +52,7 @@ class Prepared:
 
     model: Model
     encode: Callable[[PlannedRequest], bytes]
-    plan: Plan
+    workload: Workload
 
 
 def main(argv: list[str]) -> int:
@@ -115,7 +112,7 @@ async def _bench_until(interrupt: _Interrupt, console: Console, options: BenchOp
         url=f"{options.target.address.host_header}{options.target.address.path}",
         model=prepared.model.name,
         interrupted=outcome.interrupted,
-        too_long=prepared.plan.too_long,
+        too_long=prepared.workload.too_long,
         client=client_cost(outcome.cpu_s, summary),
         summary=summary,
     )
@@ -142,7 +139,7 @@ async def _prepare(http: HttpClient, options: BenchOptions) -> Prepared:
     def encode(request: PlannedRequest) -> bytes:
         return template.encode(tokens.tokens(request.segments), request.output_tokens)
 
-    return Prepared(model, encode, make_plan(options, model.max_model_len))
+    return Prepared(model, encode, make_workload(options, model.max_model_len))
 
 
 async def _warm_up(http: HttpClient, options: BenchOptions, prepared: Prepared) -> None:
@@ -161,26 +158,26 @@ async def _warm_up(http: HttpClient, options: BenchOptions, prepared: Prepared) 
 async def _measure(
     interrupt: _Interrupt, console: Console, http: HttpClient, options: BenchOptions, prepared: Prepared
 ) -> Outcome:
-    """Run the plan under the progress bar; Ctrl-C stops it and keeps what was measured."""
-    plan = prepared.plan
+    """Run the workload under the progress bar; Ctrl-C stops it and keeps what was measured."""
+    workload = prepared.workload
     show = options.output.progress and console.is_terminal
     gc.collect()
     gc.freeze()  # what lives now lives through the run: the collector need not walk it between tokens
-    with ProgressBar(console, plan.total, show) as bar:
+    with ProgressBar(console, workload.total, show) as bar:
         pacer = WallPacer()
         client = CompletionClient(http, pacer.now, options.target.timeout_s)
         run = LoadRun(client, prepared.encode, pacer, bar)
         interrupt.run = run
         cpu_before_s = time.process_time()
-        records = await _drive(run, plan, options, pacer)
+        records = await _drive(run, workload, options, pacer)
         return Outcome(records, time.process_time() - cpu_before_s, run.stopped)
 
 
-async def _drive(run: LoadRun, plan: Plan, options: BenchOptions, pacer: WallPacer) -> list[RequestRecord]:
+async def _drive(run: LoadRun, workload: Workload, options: BenchOptions, pacer: WallPacer) -> list[RequestRecord]:
     wanted = options.arrivals
-    if plan.arrivals is not None:
-        return await run.open_loop(zip(plan.arrivals, plan.requests, strict=False), wanted.max_in_flight)
-    requests = plan.requests
+    if workload.arrivals is not None:
+        return await run.open_loop(zip(workload.arrivals, workload.requests, strict=False), wanted.max_in_flight)
+    requests = workload.requests
     if wanted.duration_s is not None:
         requests = until(requests, pacer.now, wanted.duration_s)
     return await run.closed_loop(requests, wanted.concurrency or 1)

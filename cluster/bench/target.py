@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from kvbaton.cluster.bench.connection import HttpClient, Reply
-from kvbaton.cluster.bench.prompts import Tokens
+from kvbaton.cluster.bench.workload import TokenIds
 
 SAMPLE_TEXT = (
     "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. "
@@ -81,7 +81,7 @@ class BodyTemplate:
     temperature: float
     extra: tuple[tuple[str, Any], ...] = ()
 
-    def encode(self, prompt: Tokens, output_tokens: int) -> bytes:
+    def encode(self, prompt: TokenIds, output_tokens: int) -> bytes:
         """The JSON body of a streamed completion of exactly `output_tokens` tokens (at most, without ignore_eos)."""
         body: dict[str, Any] = {
             "model": self.model,

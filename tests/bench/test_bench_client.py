@@ -10,10 +10,9 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from kvbaton.cluster.bench.client import CompletionClient, Job
+from kvbaton.cluster.bench.client import CompletionClient, Job, SseDecoder
 from kvbaton.cluster.bench.connection import ConnectionFailed, HttpClient, parse_url
 from kvbaton.cluster.bench.record import RequestRecord
-from kvbaton.cluster.bench.sse import SseDecoder
 from support.scripted_openai import Reply, Script, ScriptedServer, answer_all
 
 JOB = Job(index=3, body=b'{"prompt":[1,2,3,4],"max_tokens":3}', scheduled_s=1.0, input_tokens=4, asked_tokens=3)

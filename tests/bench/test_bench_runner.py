@@ -8,10 +8,9 @@ from collections.abc import Iterable
 import pytest
 
 from kvbaton.cluster.bench.client import Job
-from kvbaton.cluster.bench.prompts import Kind, Segment
 from kvbaton.cluster.bench.record import INTERRUPTED, Failure, RequestRecord, Timeline
 from kvbaton.cluster.bench.runner import LoadRun
-from kvbaton.cluster.bench.workload import PlannedRequest
+from kvbaton.cluster.bench.workload import Kind, PlannedRequest, Segment
 
 
 class HandPacer:

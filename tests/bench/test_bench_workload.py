@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from kvbaton.cluster.bench.lengths import Choice, Fixed, LengthError, Lognormal, Normal, Uniform, parse_lengths
-from kvbaton.cluster.bench.prompts import Kind, PromptTokens, Segment
+from kvbaton.cluster.bench.options import PrefixSharing
 from kvbaton.cluster.bench.traces import TraceEntry, TraceError, read_trace
 from kvbaton.cluster.bench.workload import (
-    PrefixSharing,
+    Kind,
+    PromptTokens,
+    Segment,
     poisson_arrivals,
     random_requests,
     trace_arrivals,
