@@ -33,19 +33,19 @@ def create_app(service: Service) -> FastAPI:
 
 def _add_routes(app: FastAPI, service: Service) -> None:
     texts = TokenTexts(service.tokenizer)
-    other = ServiceEndpoints(service)
+    others = ServiceEndpoints(service)
     routes: tuple[tuple[str, str, Callable[..., Awaitable[Response]]], ...] = (
         ("POST", "/v1/chat/completions", ChatEndpoint(service, texts).create),
         ("POST", "/v1/completions", CompletionEndpoint(service, texts).create),
-        ("DELETE", "/v1/requests/{call_id}", other.cancel),
-        ("POST", "/tokenize", other.tokenize),
-        ("POST", "/detokenize", other.detokenize),
-        ("GET", "/v1/models", other.models),
-        ("GET", "/v1/models/{model:path}", other.model),
-        ("GET", "/health", other.health),
-        ("GET", "/ready", other.ready),
-        ("GET", "/version", other.version),
-        ("GET", "/metrics", other.metrics),
+        ("DELETE", "/v1/requests/{call_id}", others.cancel),
+        ("POST", "/tokenize", others.tokenize),
+        ("POST", "/detokenize", others.detokenize),
+        ("GET", "/v1/models", others.models),
+        ("GET", "/v1/models/{model:path}", others.model),
+        ("GET", "/health", others.health),
+        ("GET", "/ready", others.ready),
+        ("GET", "/version", others.version),
+        ("GET", "/metrics", others.metrics),
     )
     for method, path, handler in routes:
         app.add_api_route(path, handler, methods=[method], response_model=None)

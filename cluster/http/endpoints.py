@@ -45,8 +45,7 @@ class ServiceEndpoints:
         return json_response({"version": self._service.version})
 
     async def metrics(self) -> Response:
-        text = self._service.metrics.render() + self._service.extra_metrics()
-        return Response(text, media_type=CONTENT_TYPE)
+        return Response(self._service.metrics.render(), media_type=CONTENT_TYPE)
 
     async def tokenize(self, http: HttpRequest) -> Response:
         """Text or messages to the token ids that a completion would see."""

@@ -17,7 +17,7 @@ _E2E_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class HttpMetrics:
-    """What `/metrics` shows of the HTTP side."""
+    """What `/metrics` shows of the HTTP side. Whoever has more to show registers a collector with `registry`."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

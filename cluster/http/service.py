@@ -55,14 +55,10 @@ def random_id() -> str:
     return uuid.uuid4().hex
 
 
-def no_extra_metrics() -> str:
-    return ""
-
-
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One ingress replica. Empty `api_keys`: no key is asked. `extra_metrics` is appended to `/metrics`.
-    `cancel_elsewhere` tells the other replicas of a cancelled call, where there are others."""
+    """One ingress replica. Empty `api_keys`: no key is asked. `cancel_elsewhere` tells the other replicas of a
+    cancelled call, where there are others."""
 
     client: GenerationClient
     tokenizer: Tokenizer
@@ -72,7 +68,6 @@ class Service:
     limits: HttpLimits = HttpLimits()
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     metrics: HttpMetrics = field(default_factory=HttpMetrics)
-    extra_metrics: Callable[[], str] = no_extra_metrics
     cancel_elsewhere: Callable[[str], Awaitable[bool]] | None = None
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from kvbaton import __version__
 from kvbaton.cluster.client.client import ClientConfig, ClusterClient
 from kvbaton.cluster.config.cluster_config import HttpSettings, RouterSettings
+from kvbaton.cluster.http.metrics import HttpMetrics
 from kvbaton.cluster.http.service import HttpLimits, ModelCard, SamplingDefaults, Service
-from kvbaton.cluster.ingress.engine_metrics import render_engine_metrics
+from kvbaton.cluster.ingress.engine_metrics import EngineMetrics
 from kvbaton.cluster.launch.launch_types import StoreAddress
 from kvbaton.cluster.store.cancel_feed import CancelFeed
 from kvbaton.cluster.store.prefix_feed import PrefixFollower
@@ -140,6 +141,8 @@ def _service(settings: IngressSettings, membership: Membership, client: ClusterC
     config = load_model_config(settings.model)
     lengths = [info.max_model_len for info in membership.engines]
     lengths.append(settings.max_model_len or config.max_position_embeddings)
+    metrics = HttpMetrics()
+    metrics.registry.register(EngineMetrics(lambda: membership.engines, client))
     return Service(
         client=client,
         tokenizer=Tokenizer.load(settings.model),
@@ -154,7 +157,7 @@ def _service(settings: IngressSettings, membership: Membership, client: ClusterC
         defaults=sampling_defaults(settings.model),
         limits=HttpLimits(max_body_bytes=settings.http.max_body),
         api_keys=settings.api_keys,
-        extra_metrics=lambda: render_engine_metrics(membership, client),
+        metrics=metrics,
     )
 
 

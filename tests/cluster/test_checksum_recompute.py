@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from types import SimpleNamespace
-
 import pytest
+from prometheus_client import CollectorRegistry
 
-from kvbaton.cluster.ingress.engine_metrics import render_engine_metrics
+from kvbaton.cluster.ingress.engine_metrics import EngineMetrics
 from kvbaton.kvtransfer.faults import Fault
 from kvbaton.router.engine_info import Role
 from support.toy_cluster import Stream, ToyCluster
@@ -58,20 +56,15 @@ async def test_it_is_counted_in_metrics_of_the_engine_where_it_landed() -> None:
     left.cancel()
     await service.settle()
     service.assert_clean()
-    membership = SimpleNamespace(engines=service.router.engines)
-    text = render_engine_metrics(membership, service.client)  # type: ignore[arg-type]
-    counts = {
-        name: dict(
-            re.findall(
-                rf'^kvbaton_engine_(\w+ures|handoffs\w+)_total\{{engine="{name}".*\}} (\d+)$', text, re.MULTILINE
-            )
-        )
-        for name in ("p", "d")
-    }
-    assert counts == {
-        "p": {"handoffs_completed": "1", "handoffs_failed": "1", "kv_checksum_failures": "0"},
-        "d": {"handoffs_completed": "0", "handoffs_failed": "1", "kv_checksum_failures": "1"},
-    }
+    registry = CollectorRegistry()
+    registry.register(EngineMetrics(lambda: service.router.engines, service.client))
+
+    def counted(what: str, engine: str, role: Role) -> float | None:
+        return registry.get_sample_value(f"kvbaton_engine_{what}_total", {"engine": engine, "role": role.value})
+
+    whats = ("handoffs_completed", "handoffs_failed", "kv_checksum_failures")
+    assert [counted(what, "p", Role.PREFILL) for what in whats] == [1, 1, 0]
+    assert [counted(what, "d", Role.DECODE) for what in whats] == [0, 1, 1]
 
 
 def test_a_sound_transfer_is_taken_over_with_checksums_on() -> None:

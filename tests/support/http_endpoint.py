@@ -14,8 +14,9 @@ import httpx
 import uvicorn
 
 from kvbaton.cluster.http.app import create_app
+from kvbaton.cluster.http.metrics import HttpMetrics
 from kvbaton.cluster.http.service import ModelCard, Service
-from kvbaton.cluster.ingress.engine_metrics import render_engine_metrics
+from kvbaton.cluster.ingress.engine_metrics import EngineMetrics
 from kvbaton.engine.model.hf_config import load_model_config
 from kvbaton.engine.text.tokenizer import Tokenizer
 from support.local_cluster import LocalCluster
@@ -35,12 +36,14 @@ class QuietServer(uvicorn.Server):
 async def http_endpoint(cluster: LocalCluster, model: Path) -> AsyncIterator[httpx.AsyncClient]:
     """A client whose base URL is the running endpoint."""
     config = load_model_config(model)
+    metrics = HttpMetrics()
+    metrics.registry.register(EngineMetrics(lambda: cluster.membership.engines, cluster.client))
     service = Service(
         client=cluster.client,
         tokenizer=Tokenizer.load(model),
         model=ModelCard(MODEL_ID, config.vocab_size, config.max_position_embeddings, config.eos_token_ids),
         version="test",
-        extra_metrics=lambda: render_engine_metrics(cluster.membership, cluster.client),  # type: ignore[arg-type]
+        metrics=metrics,
     )
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
