@@ -34,15 +34,15 @@ from rich.console import Console
 
 from kvbaton.cluster.config.cluster_config import (
     ClusterConfig,
-    EngineSettings,
-    HttpSettings,
-    ModelSettings,
-    RouterSettings,
+    HostingConfig,
+    HttpConfig,
 )
 from kvbaton.cluster.launch.ray_cluster import NAMESPACE, free_ports
 from kvbaton.cluster.launch.screen import Screen
+from kvbaton.engine.config import CacheConfig, EngineConfig
 from kvbaton.engine.tiny import TinySpec, make_tiny
 from kvbaton.router.engine_info import Role
+from kvbaton.router.placement import RouterConfig
 
 # Large enough that a step takes longer than its tokens take to their clients: a stream then gets one token a step, as
 # it does from a real model. From a smaller one, tokens of several steps travel together and cost less.
@@ -244,10 +244,10 @@ def configuration(args: argparse.Namespace, model: Path, port: int) -> ClusterCo
     # One thread an engine: then a forward pass's CPU time is that of the thread that runs it.
     return replace(
         ClusterConfig(),
-        model=ModelSettings(path=model),
-        engine=EngineSettings(device=args.device, threads=1, kv_memory=args.kv_memory),
-        router=RouterSettings(local_prefill_tokens=0),
-        http=HttpSettings(port=port),
+        hosting=HostingConfig(args.device),
+        engine=EngineConfig(model, threads=1, cache=CacheConfig(kv_memory_bytes=args.kv_memory)),
+        router=RouterConfig(local_prefill_max_tokens=0),
+        http=HttpConfig(port=port),
     )
 
 

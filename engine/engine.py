@@ -15,16 +15,7 @@ import torch
 
 from kvbaton.engine.batch import Pending, ScheduledRow, StepResult
 from kvbaton.engine.chunk_size import measured_chunk
-from kvbaton.engine.config import (
-    KV_DTYPES,
-    PIPELINED,
-    PREFILL_ATTENTIONS,
-    QUANTIZATIONS,
-    BatchConfig,
-    CacheConfig,
-    ConfigError,
-    EngineConfig,
-)
+from kvbaton.engine.config import BatchConfig, CacheConfig, ConfigError, EngineConfig
 from kvbaton.engine.cuda_graphs import CudaCapture, DecodeGraphs, GraphSizes
 from kvbaton.engine.kv.kv_cache import KV_LAYOUT_VERSION, KVCache, KVGeometry
 from kvbaton.engine.kv.kv_manager import KVManager
@@ -73,7 +64,7 @@ class Engine:
         graphs = device.type == "cuda" and config.cuda_graphs and isinstance(decoder, Decoder) and decoder.capturable
         self.pipelined = graphs if config.pipelined == "auto" else config.pipelined == "on"
         self._runner = self._make_runner(decoder, graphs)
-        self.limits = self._measured_limits() if config.measure_chunk else config.batch
+        self.limits = self._measured_limits() if config.batch.prefill_chunk_tokens == "auto" else config.batch
 
     def _make_runner(self, decoder: ForwardPass, captured: bool) -> Runner:
         """Where steps are pipelined, and on CUDA, tokens are drawn on the device."""
@@ -97,7 +88,6 @@ class Engine:
     @classmethod
     def load(cls, config: EngineConfig) -> Engine:
         """Read the weights and make the pool. Raises `ConfigError` that says which setting or file is at fault."""
-        _check(config)
         device = _device(config.device)
         model = load_model(config.model, device, config.dtype, config.max_model_len, config.quantization)
         return cls(config, model, device)
@@ -137,31 +127,11 @@ class Engine:
         )
 
 
-def _check(config: EngineConfig) -> None:
-    """What can be refused before any file is read."""
-    cache = config.cache
-    if cache.block_size < 1:
-        raise ConfigError(f"block_size must be at least 1, got {cache.block_size}")
-    if not 0.0 < cache.gpu_memory_fraction <= 1.0:
-        raise ConfigError(f"gpu_memory_fraction must be in (0, 1], got {cache.gpu_memory_fraction}")
-    if cache.kv_dtype not in KV_DTYPES:
-        raise ConfigError(f"kv_dtype {cache.kv_dtype!r} is not supported; supported: {', '.join(KV_DTYPES)}")
-    if config.pipelined not in PIPELINED:
-        raise ConfigError(f"pipelined {config.pipelined!r} is not supported; supported: {', '.join(PIPELINED)}")
-    if config.quantization not in QUANTIZATIONS:
-        names = ", ".join(QUANTIZATIONS)
-        raise ConfigError(f"quantization {config.quantization!r} is not supported; supported: {names}")
-    if config.prefill_attention not in PREFILL_ATTENTIONS:
-        names = ", ".join(PREFILL_ATTENTIONS)
-        raise ConfigError(f"prefill_attention {config.prefill_attention!r} is not supported; supported: {names}")
-    if config.max_model_len is not None and config.max_model_len < 2:
-        raise ConfigError(f"max_model_len must be at least 2 (a token in, a token out), got {config.max_model_len}")
-
-
 def _geometry(model: LoadedModel, cache: CacheConfig) -> KVGeometry:
     config = model.config
     dtype = FP8 if cache.kv_dtype == "fp8_e4m3" else model.decoder.dtype
-    return KVGeometry(config.num_layers, config.num_kv_heads, config.head_dim, cache.block_size, dtype)
+    block_size = cache.block_size_on(model.decoder.device.type)
+    return KVGeometry(config.num_layers, config.num_kv_heads, config.head_dim, block_size, dtype)
 
 
 def _forward_pass(model: LoadedModel, geometry: KVGeometry, kernels: Kernels) -> ForwardPass:

@@ -49,7 +49,7 @@ _IDLE_WAIT_S = 3600.0
 class TransferAgent:
     """`compatibility` lists (field, value) pairs that must be equal at both engines; `secret` is the cluster's.
 
-    Raises TransferSettingsError where the memory cannot have the checksum that `settings` ask for.
+    Raises `ConfigError` where the memory cannot have the checksum that `settings` ask for.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kvbaton.kvtransfer.perftest import tag_bandwidth
-from kvbaton.kvtransfer.settings import CHECKSUM_OFF, CHECKSUMS
+from kvbaton.kvtransfer.settings import CHECKSUM_OFF, CHECKSUMS, Checksum
 
 _KIB = 1024
 _SINGLES = 20
@@ -38,7 +38,7 @@ class BenchOptions:
     blocks_each: int = 32
     concurrent: int = 2
     pool_megabytes: int = 256
-    checksum: str = CHECKSUM_OFF
+    checksum: Checksum = CHECKSUM_OFF
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from kvbaton.kvtransfer.messages import (
     PeerAddress,
     Released,
 )
-from kvbaton.kvtransfer.settings import TransferSettings
+from kvbaton.kvtransfer.settings import Checksum, TransferSettings
 from kvbaton.kvtransfer.ucx import UcxTransport
 
 _SECRET = b"transfer benchmark"
@@ -52,7 +52,7 @@ class HostBlocks:
         return memoryview(self._array[block_id])
 
 
-def make_agent(name: str, memory: HostBlocks, checksum: str, on_event: Callable[[Event], None]) -> TransferAgent:
+def make_agent(name: str, memory: HostBlocks, checksum: Checksum, on_event: Callable[[Event], None]) -> TransferAgent:
     transport = UcxTransport(memory)
     identity = PeerAddress(name, 1, transport.host, transport.port)
     settings = TransferSettings(checksum=checksum)
@@ -64,7 +64,7 @@ def make_agent(name: str, memory: HostBlocks, checksum: str, on_event: Callable[
 class DecodeSide:
     """Grants every offer into the next blocks of the pool, in turn, and acknowledges what has landed."""
 
-    def __init__(self, memory: HostBlocks, checksum: str) -> None:
+    def __init__(self, memory: HostBlocks, checksum: Checksum) -> None:
         self._memory = memory
         self._next = 0
         self.agent = make_agent("decode", memory, checksum, self._on_event)
@@ -92,7 +92,7 @@ class Load:
 class PrefillSide:
     """Hands off as fast as the peer takes it, all on the agent's thread as an engine's events would drive it."""
 
-    def __init__(self, memory: HostBlocks, checksum: str) -> None:
+    def __init__(self, memory: HostBlocks, checksum: Checksum) -> None:
         self._memory = memory
         self._finished = threading.Event()
         self._failure = ""

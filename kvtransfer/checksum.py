@@ -17,8 +17,9 @@ from typing import Any
 
 from kvbaton.kvtransfer.block_memory import BlockMemory
 from kvbaton.kvtransfer.messages import Landing
-from kvbaton.kvtransfer.settings import CHECKSUM_OFF, TransferSettingsError
+from kvbaton.kvtransfer.settings import CHECKSUM_OFF
 from kvbaton.kvtransfer.wire import MAX_SUMS
+from kvbaton.settings import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,11 @@ class BlockSums:
 
 
 def block_sums(kind: str, memory: BlockMemory) -> BlockSums | None:
-    """None for "off". Raises TransferSettingsError where `kind` cannot be had: GPU memory, no library."""
+    """None for "off". Raises `ConfigError` where `kind` cannot be had: GPU memory, no library."""
     if kind == CHECKSUM_OFF:
         return None
     if memory.num_blocks and hasattr(memory.block(0), "__cuda_array_interface__"):
-        raise TransferSettingsError(f"checksum {kind} is for blocks in host memory, these are in GPU memory: use off")
+        raise ConfigError(f"checksum {kind} is for blocks in host memory, these are in GPU memory: use off")
     digest = _xxh3() if kind == "xxh3" else _crc32c()
     return BlockSums(kind, lambda block_id: digest(memory.block(block_id)))
 
@@ -43,7 +44,7 @@ def _xxh3() -> Callable[[Any], int]:
     try:
         import xxhash
     except ImportError as error:
-        raise TransferSettingsError(f"checksum xxh3 needs the package xxhash ({error})") from error
+        raise ConfigError(f"checksum xxh3 needs the package xxhash ({error})") from error
     return lambda block: int(xxhash.xxh3_64_intdigest(memoryview(block)))
 
 
@@ -51,9 +52,9 @@ def _crc32c() -> Callable[[Any], int]:
     try:
         import google_crc32c
     except ImportError as error:
-        raise TransferSettingsError(f"checksum crc32c needs the package google-crc32c ({error})") from error
+        raise ConfigError(f"checksum crc32c needs the package google-crc32c ({error})") from error
     if google_crc32c.implementation != "c":
-        raise TransferSettingsError("checksum crc32c: google-crc32c has no compiled part here: use xxh3")
+        raise ConfigError("checksum crc32c: google-crc32c has no compiled part here: use xxh3")
     return lambda block: int(google_crc32c.value(bytes(memoryview(block))))  # it takes no writable buffer
 
 

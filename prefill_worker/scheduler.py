@@ -37,7 +37,7 @@ class PrefillScheduler:
     def __init__(self, kv: KVManager, limits: BatchConfig, holds: HoldLimit) -> None:
         """`holds` is asked for each prompt for another engine; those behind one that may not start can."""
         self._kv = kv
-        self._chunk_tokens = limits.prefill_chunk_tokens
+        self._chunk_tokens = limits.chunk_tokens
         self._holds = holds
         self.queue = PrefillQueue()
 

@@ -105,7 +105,7 @@ class PrefillWorker:
         """Chunks for what `decode_rows` leave of a step's token budget."""
         budget = self._limits.max_tokens_per_step - decode_rows
         if decode_rows:
-            budget = min(budget, self._limits.prefill_chunk_tokens)  # a running stream waits for one chunk at most
+            budget = min(budget, self._limits.chunk_tokens)  # a running stream waits for one chunk at most
         if not self.waiting:
             return []
         self._holds.begin_step(len(self.outgoing), self.outgoing.num_blocks())

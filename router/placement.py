@@ -15,16 +15,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Annotated
+
+from annotated_types import Interval
 
 from kvbaton.router.engine_info import EngineInfo, Role
 from kvbaton.router.engine_view import EngineView
+from kvbaton.settings import Setting, check
 
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
     """Limits and guesses of the policy. `max_queued_prefill_tokens` and `max_waiting_requests` are per engine."""
 
-    local_prefill_max_tokens: int = 32
+    local_prefill_max_tokens: Annotated[
+        int,
+        Interval(ge=0, le=1 << 20),
+        Setting("router.local_prefill_tokens", "prompts with fewer uncached tokens are prefilled on the decode engine"),
+    ] = 32
     max_queued_prefill_tokens: int = 1 << 17
     max_waiting_requests: int = 256
     expected_output_tokens: int = 64  # of a request that allows more
@@ -36,6 +44,9 @@ class RouterConfig:
     decode_step_s: float = 20e-3
     avoid_s: float = 10.0  # added for an engine that has just failed the request
     admission: bool = True
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True, slots=True)

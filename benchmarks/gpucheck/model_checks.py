@@ -119,9 +119,10 @@ def _served(device: torch.device, pipelined: str) -> dict[tuple[str, int], int |
 def measured_chunk(bench: Bench) -> Outcome:
     """An engine that times itself at its start: it chooses a size that it tried, and has all of its blocks."""
     cache = CacheConfig(16, kv_memory_bytes=4 << 20)
-    config = EngineConfig(Path(), str(bench.device), "float32", 512, cache=cache, batch=BatchConfig(max_running=4))
-    engine = Engine(replace(config, measure_chunk=True), _copied(bench.device, "float32"), bench.device)
-    chosen, sizes = engine.limits.prefill_chunk_tokens, chunk_sizes(512)
+    batch = BatchConfig(prefill_chunk_tokens="auto", max_running=4)
+    config = EngineConfig(Path(), str(bench.device), "float32", 512, cache=cache, batch=batch)
+    engine = Engine(config, _copied(bench.device, "float32"), bench.device)
+    chosen, sizes = engine.limits.chunk_tokens, chunk_sizes(512)
     right = chosen in sizes and engine.kv.counts().free == engine.kv.num_blocks
     return Outcome(float(not right), EXACT, f"{chosen} of {sizes}")
 

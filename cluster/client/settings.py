@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from annotated_types import Interval
 
 from kvbaton.cluster.session.connection import SessionLimits
+from kvbaton.settings import Setting, check
 
 
 @dataclass(frozen=True, slots=True)
 class ClientConfig:
-    """`max_resumes` per request; `park_s` is how long one that had begun waits for an engine when none is left.
+    """`park_s` is how long a request that had begun waits for an engine when none is left.
 
     `request_timeout_s` bounds requests that do not bring a limit of their own, None: not at all. `max_in_flight`
     requests at a time; `max_migrations` sequences at a time leave one engine that drains.
     """
 
-    max_resumes: int = 3
+    max_resumes: Annotated[
+        int,
+        Interval(ge=0, le=100),
+        Setting("router.max_resumes", "how often one request may be resumed before it fails"),
+    ] = 3
     park_s: float = 30.0
     limits: SessionLimits = field(default_factory=SessionLimits)
     request_timeout_s: float | None = None
     max_in_flight: int = 16384
     max_migrations: int = 4
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(slots=True)

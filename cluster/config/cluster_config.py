@@ -1,96 +1,50 @@
-"""The configuration of a whole cluster, by composition; frozen. `cluster/config/config_file.py`
-reads it from YAML and flags.
+"""The configuration of a whole cluster: its components' own classes, and those of what only the cluster has; frozen.
 
-Every field's type says what is allowed (`Range`, `OneOf`, `NumberOr`, `ByteSize`), so one reader checks them all and
-names the path of a wrong one. Derived values are return values: nothing here changes after it is built.
+Each setting stands in the class of the component that uses it (see `kvbaton.settings`) and says there where in the file
+operators find it. `cluster/config/config_file.py` reads the file and the flags. Derived values are return values.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
 
-from kvbaton.engine.config import (
-    CPU_BLOCK_SIZE,
-    DEFAULT_CHUNK_TOKENS,
-    GPU_BLOCK_SIZE,
-    KV_DTYPES,
-    PIPELINED,
-    PREFILL_ATTENTIONS,
-    QUANTIZATIONS,
-    BatchConfig,
-    CacheConfig,
-    ConfigError,
-    EngineConfig,
-)
-from kvbaton.kvtransfer.settings import CHECKSUM_OFF, CHECKSUMS
+from annotated_types import Ge, Interval
 
-GIB = 1 << 30
-AUTO = "auto"
+from kvbaton.cluster.client.settings import ClientConfig
+from kvbaton.cluster.http.limits import HttpLimits
+from kvbaton.engine.config import EngineConfig
+from kvbaton.kvtransfer.settings import TransferSettings
+from kvbaton.router.placement import RouterConfig
+from kvbaton.settings import BYTES, ConfigError, Seconds, Setting, check
+
 GPU_STEP_TIMEOUT_S = 60.0  # the first steps may compile kernels
 CPU_STEP_TIMEOUT_S = 300.0
+NumEngines = Annotated[int, Interval(ge=0, le=4096)]
+
+SECTIONS = {
+    "model": "which weights, and under which name clients ask for them",
+    "pools": "how many engines start in each role",
+    "engine": "one engine: its device, its memory, its steps",
+    "transfer": "KV transfer between engines",
+    "router": "where a request runs",
+    "http": "the public endpoint",
+    "store": "the state that engines and ingresses share",
+    "security": "secrets; they are not printed",
+    "ray": "the Ray cluster that the engines run in",
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Range:
-    """Inclusive bounds of a number."""
-
-    low: float
-    high: float = float("inf")
-
-
-@dataclass(frozen=True, slots=True)
-class OneOf:
-    """The only strings allowed."""
-
-    values: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class NumberOr:
-    """A whole number between inclusive bounds, or this word."""
-
-    word: str
-    low: int
-    high: int
-
-
-@dataclass(frozen=True, slots=True)
-class ByteSize:
-    """A whole number of bytes, also written "512MiB" or "2 GB"; at least `low`."""
-
-    low: int = 1
-
-
-Port = Annotated[int, Range(0, 65535)]
-Count = Annotated[int, Range(0, 4096)]
-Positive = Annotated[int, Range(1)]
-Seconds = Annotated[float, Range(0.001, 86400.0)]
-Fraction = Annotated[float, Range(0.01, 1.0)]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSettings:
-    """Which weights, and under which name clients ask for them (`name` None: the folder's name)."""
-
-    path: Path = Path("models/tiny")
-    name: str | None = None
-    dtype: Annotated[str, OneOf(("auto", "float32", "bfloat16", "float16"))] = "auto"
-    max_model_len: Positive | None = None
-
-    @property
-    def served_name(self) -> str:
-        return self.name or self.path.resolve().name
-
-
-@dataclass(frozen=True, slots=True)
-class PoolSettings:
+class PoolsConfig:
     """How many engines start in each role."""
 
-    prefill: Count = 1
-    decode: Count = 1
-    hybrid: Count = 0
+    prefill: Annotated[NumEngines, Setting("pools.prefill", "engines that prefill")] = 1
+    decode: Annotated[NumEngines, Setting("pools.decode", "engines that decode")] = 1
+    hybrid: Annotated[NumEngines, Setting("pools.hybrid", "engines that do both, chunked prefill beside decode")] = 0
+
+    def __post_init__(self) -> None:
+        check(self)
 
     @property
     def total(self) -> int:
@@ -98,105 +52,151 @@ class PoolSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """One engine's device and limits. `block_size` None: 32 tokens on a GPU, 16 on CPU. `threads` None: the
-    machine's cores divided among its engines. `gpus` below 1 lets engines share a GPU, its memory divided alike. An
-    engine with a step that takes `step_timeout_s` (None: 60 on a GPU, 300 on CPU) hangs, and is replaced.
-    `prefill_chunk_tokens` auto: measured at the engine's start; None: auto on a GPU, 512 on CPU."""
+class HostingConfig:
+    """What the cluster gives an engine, and how long it waits for one."""
 
-    device: Annotated[str, OneOf(("auto", "cpu", "cuda"))] = "auto"
-    gpus: Fraction = 1.0
-    block_size: Annotated[int, Range(1, 512)] | None = None
-    kv_memory: Annotated[int, ByteSize(1 << 16)] | None = None
-    gpu_memory_fraction: Fraction = 0.9
-    prefix_cache: bool = True
-    kv_dtype: Annotated[str, OneOf(KV_DTYPES)] = "auto"
-    pipelined: Annotated[str, OneOf(PIPELINED)] = "auto"
-    prefill_attention: Annotated[str, OneOf(PREFILL_ATTENTIONS)] = "triton"
-    quantization: Annotated[str, OneOf(QUANTIZATIONS)] = "none"
-    max_tokens_per_step: Annotated[int, Range(1, 1 << 20)] = 2048
-    prefill_chunk_tokens: Annotated[int | str, NumberOr(AUTO, 1, 1 << 20)] | None = None
-    max_running: Annotated[int, Range(1, 65536)] = 256
-    max_waiting: Annotated[int, Range(1, 1 << 20)] = 4096
-    threads: Annotated[int, Range(1, 1024)] | None = None
-    start_timeout_s: Seconds = 600.0
-    step_timeout_s: Seconds | None = None
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Setting("engine.device", "auto: cuda where there is a GPU, one engine each, else cpu"),
+    ] = "auto"
+    gpus: Annotated[
+        float,
+        Interval(ge=0.01, le=1.0),
+        Setting("engine.gpus", "GPUs of one engine; below 1, engines share a GPU, its memory divided alike"),
+    ] = 1.0
+    start_timeout_s: Annotated[
+        Seconds, Setting("engine.start_timeout_s", "until an engine that does not come up counts as failed")
+    ] = 600.0
+    step_timeout_s: Annotated[
+        Seconds | None,
+        Setting(
+            "engine.step_timeout_s",
+            "an engine with a step that takes longer hangs, and is replaced; raise it for large models on few cores",
+            unset="60 on a GPU, 300 on CPU",
+        ),
+    ] = None
 
+    def __post_init__(self) -> None:
+        check(self)
 
-@dataclass(frozen=True, slots=True)
-class TransferSettings:
-    """KV transfer between engines; see `kvtransfer.settings`. `ucx_tls` goes to UCX as UCX_TLS. `checksum` is for
-    engines on CPU."""
-
-    ucx_tls: str = "all"
-    lease_s: Seconds = 10.0
-    connect_s: Seconds = 5.0
-    drain_s: Seconds = 2.0
-    send_window: Annotated[int, Range(1, 4096)] = 8
-    bandwidth_floor: Annotated[int, ByteSize(0)] = 0
-    checksum: Annotated[str, OneOf(CHECKSUMS)] = CHECKSUM_OFF
+    def step_timeout_on(self, device: str) -> float:
+        """Seconds that a step may take on a resolved device."""
+        return self.step_timeout_s or (GPU_STEP_TIMEOUT_S if device == "cuda" else CPU_STEP_TIMEOUT_S)
 
 
 @dataclass(frozen=True, slots=True)
-class RouterSettings:
-    """Placement: prompts with fewer new tokens than `local_prefill_tokens` are prefilled on the decode engine."""
+class HttpConfig:
+    """The public endpoint."""
 
-    local_prefill_tokens: Annotated[int, Range(0, 1 << 20)] = 32
-    max_resumes: Annotated[int, Range(0, 100)] = 3
+    model_name: Annotated[
+        str | None, Setting("model.name", "what clients pass as model", unset="the folder's name")
+    ] = None
+    host: Annotated[
+        str, Setting("http.host", "address of the endpoint; 0.0.0.0 serves other machines: set security.api_keys then")
+    ] = "127.0.0.1"
+    port: Annotated[int, Interval(ge=0, le=65535), Setting("http.port", "port of the endpoint; 0 takes a free one")] = (
+        8000
+    )
+    replicas: Annotated[int, Interval(ge=1, le=64), Setting("http.replicas", "ingress processes behind the port")] = 1
+    max_ongoing_requests: Annotated[
+        int, Interval(ge=1, le=1 << 20), Setting("http.max_ongoing_requests", "calls in progress per ingress process")
+    ] = 4096
+    limits: HttpLimits = field(default_factory=HttpLimits)
+    request_timeout_s: Annotated[
+        Seconds, Setting("http.request_timeout_s", "no request takes longer, whatever limit it brings")
+    ] = 3600.0
+    shutdown_timeout_s: Annotated[
+        Seconds,
+        Setting("http.shutdown_timeout_s", "for responses in progress when the endpoint goes down"),
+    ] = 20.0
 
-
-@dataclass(frozen=True, slots=True)
-class HttpSettings:
-    """The public endpoint. `replicas` are ingress processes behind one port. No request takes longer than
-    `request_timeout_s`, whatever limit it brings."""
-
-    host: str = "127.0.0.1"
-    port: Port = 8000
-    replicas: Annotated[int, Range(1, 64)] = 1
-    max_ongoing_requests: Annotated[int, Range(1, 1 << 20)] = 4096
-    max_body: Annotated[int, ByteSize(1024)] = 16 << 20
-    shutdown_timeout_s: Seconds = 20.0
-    request_timeout_s: Seconds = 3600.0
-
-
-@dataclass(frozen=True, slots=True)
-class StoreSettings:
-    """The shared state. `redis` None starts an embedded server on the loopback interface."""
-
-    redis: str | None = None
-    prefix: str = "kvbaton"
-
-
-@dataclass(frozen=True, slots=True)
-class SecuritySettings:
-    """Secrets. `cluster_secret` None: a new one for each launch. `api_keys` empty: no key asked."""
-
-    cluster_secret: str | None = field(default=None, repr=False)
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True, slots=True)
-class RaySettings:
-    """`address` None starts a private Ray cluster that ends with the launcher; else the one there is joined."""
+class StoreConfig:
+    """The shared state."""
 
-    address: str | None = None
-    object_store_memory: Annotated[int, ByteSize(75 << 20)] = 96 << 20
-    log_level: Annotated[str, OneOf(("debug", "info", "warning", "error"))] = "warning"
+    redis: Annotated[
+        str | None,
+        Setting(
+            "store.redis",
+            "URL of a Redis or Valkey, such as redis://127.0.0.1:6379/0",
+            unset="one on the loopback interface that ends with the cluster",
+        ),
+    ] = None
+    prefix: Annotated[str, Setting("store.prefix", "of all keys, so that clusters can share a Redis")] = "kvbaton"
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True)
+class SecurityConfig:
+    """Secrets."""
+
+    api_keys: Annotated[
+        tuple[str, ...], Setting("security.api_keys", "bearer keys that clients may bring; none: no key is asked")
+    ] = field(default=(), repr=False)
+    cluster_secret: Annotated[
+        str | None,
+        Setting(
+            "security.cluster_secret",
+            "authenticates sessions and KV transfer between parts",
+            unset="a new one for each launch",
+        ),
+    ] = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True)
+class RayConfig:
+    """The Ray cluster."""
+
+    address: Annotated[
+        str | None,
+        Setting(
+            "ray.address",
+            "Ray cluster to join, such as 10.0.0.1:6379; needs store.redis and engine.device",
+            unset="a private one that ends with the launcher",
+        ),
+    ] = None
+    object_store_memory: Annotated[
+        int,
+        BYTES,
+        Ge(75 << 20),
+        Setting("ray.object_store_memory", "of the private cluster; KV never goes through it"),
+    ] = 96 << 20
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Setting("ray.log_level", "what every process logs")
+    ] = "warning"
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
     """Everything that `kvbaton serve` needs to know."""
 
-    model: ModelSettings = ModelSettings()
-    pools: PoolSettings = PoolSettings()
-    engine: EngineSettings = EngineSettings()
-    transfer: TransferSettings = TransferSettings()
-    router: RouterSettings = RouterSettings()
-    http: HttpSettings = HttpSettings()
-    store: StoreSettings = StoreSettings()
-    security: SecuritySettings = SecuritySettings()
-    ray: RaySettings = RaySettings()
+    pools: PoolsConfig = PoolsConfig()
+    hosting: HostingConfig = HostingConfig()
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    transfer: TransferSettings = field(default_factory=TransferSettings)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    client: ClientConfig = field(default_factory=ClientConfig)
+    http: HttpConfig = HttpConfig()
+    store: StoreConfig = StoreConfig()
+    security: SecurityConfig = SecurityConfig()
+    ray: RayConfig = RayConfig()
+
+    @property
+    def model_id(self) -> str:
+        """What clients pass as model."""
+        return self.http.model_name or self.engine.model.resolve().name
 
     def check(self) -> None:
         """Raise `ConfigError` for settings that are each fine and cannot work together."""
@@ -208,42 +208,19 @@ class ClusterConfig:
             raise ConfigError(f"pools: no engine can {missing}; set --{missing} 1, or --hybrid 1")
         if not all(key.strip() for key in self.security.api_keys):
             raise ConfigError("security.api_keys: a key is empty")
-        chunk, most = self.engine.prefill_chunk_tokens, self.engine.max_tokens_per_step
+        chunk, most = self.engine.batch.prefill_chunk_tokens, self.engine.batch.max_tokens_per_step
         if isinstance(chunk, int) and chunk > most:
             raise ConfigError(f"engine.prefill_chunk_tokens ({chunk}) exceeds engine.max_tokens_per_step ({most})")
 
-    def step_timeout_s(self, device: str) -> float:
-        """How long a step may take on a resolved device."""
-        default = GPU_STEP_TIMEOUT_S if device == "cuda" else CPU_STEP_TIMEOUT_S
-        return self.engine.step_timeout_s or default
-
     def engine_config(self, device: str, threads: int | None) -> EngineConfig:
-        """What one engine gets. `device` is resolved: "cpu" or "cuda"."""
-        engine = self.engine
-        default_block_size = GPU_BLOCK_SIZE if device == "cuda" else CPU_BLOCK_SIZE
-        default_chunk = min(DEFAULT_CHUNK_TOKENS, engine.max_tokens_per_step)
-        chunk = engine.prefill_chunk_tokens or (AUTO if device == "cuda" else default_chunk)
-        return EngineConfig(
-            model=self.model.path.resolve(),
+        """What one engine gets on a resolved device, "cpu" or "cuda". `threads`: where no number is set."""
+        engine, cache, batch = self.engine, self.engine.cache, self.engine.batch
+        measured = batch.prefill_chunk_tokens is None and device == "cuda"
+        return replace(
+            engine,
+            model=engine.model.resolve(),
             device=device,
-            dtype=self.model.dtype,
-            max_model_len=self.model.max_model_len,
             threads=engine.threads or threads,
-            cache=CacheConfig(
-                block_size=engine.block_size or default_block_size,
-                kv_memory_bytes=engine.kv_memory,
-                gpu_memory_fraction=engine.gpu_memory_fraction * engine.gpus,
-                prefix_cache=engine.prefix_cache,
-                kv_dtype=engine.kv_dtype,
-            ),
-            batch=BatchConfig(
-                max_tokens_per_step=engine.max_tokens_per_step,
-                prefill_chunk_tokens=chunk if isinstance(chunk, int) else default_chunk,
-                max_running=engine.max_running,
-                max_waiting=engine.max_waiting,
-            ),
-            measure_chunk=chunk == AUTO,
-            prefill_attention=engine.prefill_attention,
-            pipelined=engine.pipelined,
-            quantization=engine.quantization,
+            cache=replace(cache, gpu_memory_fraction=cache.gpu_memory_fraction * self.hosting.gpus),
+            batch=replace(batch, prefill_chunk_tokens="auto") if measured else batch,
         )

@@ -38,7 +38,6 @@ from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
 log = logging.getLogger(__name__)
 
 DRAIN_LOOK_S = 0.5
-STEP_LIMIT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +49,11 @@ class EngineHostSettings:
     generation: int
     role: Role
     engine: EngineConfig
+    step_limit_s: float
     secret: bytes = field(repr=False)
     host: str = "127.0.0.1"
     model_id: str = "model"
     transfer: TransferSettings = field(default_factory=TransferSettings)
-    step_limit_s: float = STEP_LIMIT_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +307,7 @@ async def _assemble(host: EngineHost, engine: Engine, settings: EngineHostSettin
         max_model_len=engine.max_model_len,
         block_size=engine.geometry.block_size,
         num_blocks=engine.kv.num_blocks,
-        prefill_chunk_tokens=engine.limits.prefill_chunk_tokens,
+        prefill_chunk_tokens=engine.limits.chunk_tokens,
     )
     registration = Registration(store, info)
     await registration.start()

@@ -16,10 +16,11 @@ from starlette.requests import Request as HttpRequest
 from kvbaton.cluster.client.api import GenerationClient
 from kvbaton.cluster.http.errors import bad_request
 from kvbaton.cluster.http.generation import ChoiceText, Generation, PromptRun, TextRules
+from kvbaton.cluster.http.limits import HttpLimits
 from kvbaton.cluster.http.metrics import CallTimer
 from kvbaton.cluster.http.prompts import Prompt
 from kvbaton.cluster.http.protocol import GenerationFields
-from kvbaton.cluster.http.service import HttpLimits, Service
+from kvbaton.cluster.http.service import Service
 from kvbaton.engine.request import Request, SamplingParams
 
 MAX_SALT_CHARS = 1024

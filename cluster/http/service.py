@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from kvbaton.cluster.client.api import GenerationClient
 from kvbaton.cluster.http.errors import ApiError
+from kvbaton.cluster.http.limits import HttpLimits
 from kvbaton.cluster.http.metrics import HttpMetrics
 from kvbaton.engine.text.tokenizer import Tokenizer
 
@@ -36,16 +37,6 @@ class SamplingDefaults:
     repetition_penalty: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class HttpLimits:
-    """Caps on what one call may ask for."""
-
-    max_body_bytes: int = 8 << 20
-    max_prompts: int = 2048
-    max_stop_strings: int = 4
-    max_stop_chars: int = 4096
-
-
 def random_seed() -> int:
     """63 random bits: a non-negative int64."""
     return int.from_bytes(os.urandom(8), "big") >> 1
@@ -65,7 +56,7 @@ class Service:
     model: ModelCard
     version: str
     defaults: SamplingDefaults = SamplingDefaults()
-    limits: HttpLimits = HttpLimits()
+    limits: HttpLimits = field(default_factory=HttpLimits)
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     metrics: HttpMetrics = field(default_factory=HttpMetrics)
     cancel_elsewhere: Callable[[str], Awaitable[bool]] | None = None

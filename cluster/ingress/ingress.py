@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from kvbaton import __version__
 from kvbaton.cluster.client.client import ClientConfig, ClusterClient
-from kvbaton.cluster.config.cluster_config import HttpSettings, RouterSettings
+from kvbaton.cluster.config.cluster_config import HttpConfig
 from kvbaton.cluster.http.metrics import HttpMetrics
-from kvbaton.cluster.http.service import HttpLimits, ModelCard, SamplingDefaults, Service
+from kvbaton.cluster.http.service import ModelCard, SamplingDefaults, Service
 from kvbaton.cluster.ingress.engine_metrics import EngineMetrics
 from kvbaton.cluster.launch.launch_types import StoreAddress
 from kvbaton.cluster.store.cancel_feed import CancelFeed
@@ -47,8 +47,9 @@ class IngressSettings:
     model: Path
     model_id: str
     max_model_len: int | None
-    router: RouterSettings
-    http: HttpSettings
+    router: RouterConfig
+    client: ClientConfig
+    http: HttpConfig
     api_keys: tuple[str, ...] = field(default=(), repr=False)
 
 
@@ -123,14 +124,13 @@ async def _wait_for_engines(client: ClusterClient) -> None:
 
 
 def _client(membership: Membership, settings: IngressSettings) -> ClusterClient:
-    router_config = RouterConfig(local_prefill_max_tokens=settings.router.local_prefill_tokens)
     return ClusterClient(
         membership,
-        Router(router_config, time.monotonic, Random()),
+        Router(settings.router, time.monotonic, Random()),
         settings.secret,
         f"ingress-{uuid.uuid4().hex[:12]}",
-        ClientConfig(
-            max_resumes=settings.router.max_resumes,
+        replace(
+            settings.client,
             request_timeout_s=settings.http.request_timeout_s,
             max_in_flight=settings.http.max_ongoing_requests * 4,  # a call may have several prompts
         ),
@@ -155,7 +155,7 @@ def _service(settings: IngressSettings, membership: Membership, client: ClusterC
         ),
         version=__version__,
         defaults=sampling_defaults(settings.model),
-        limits=HttpLimits(max_body_bytes=settings.http.max_body),
+        limits=settings.http.limits,
         api_keys=settings.api_keys,
         metrics=metrics,
     )

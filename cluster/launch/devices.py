@@ -28,12 +28,12 @@ def count_cores() -> int:
 
 def resolve_device(config: ClusterConfig, num_gpus: int) -> str:
     """ "cpu" or "cuda"; raises `ConfigError` when the machine does not have what the configuration asks for."""
-    wanted = config.engine.device
+    wanted = config.hosting.device
     if wanted == "cpu" or (wanted == "auto" and num_gpus == 0):
         return "cpu"
     if num_gpus == 0:
         raise ConfigError("engine.device is cuda, and CUDA finds no GPU here; check nvidia-smi, or use --device cpu")
-    needed = config.pools.total * config.engine.gpus
+    needed = config.pools.total * config.hosting.gpus
     if needed > num_gpus:
         raise ConfigError(_too_few(config, num_gpus))
     return "cuda"
@@ -42,7 +42,7 @@ def resolve_device(config: ClusterConfig, num_gpus: int) -> str:
 def _too_few(config: ClusterConfig, num_gpus: int) -> str:
     pools, total = config.pools, config.pools.total
     named = [f"{count} {name}" for name in ("prefill", "decode", "hybrid") if (count := getattr(pools, name))]
-    each = "one each" if config.engine.gpus == 1.0 else f"{config.engine.gpus:g} each"
+    each = "one each" if config.hosting.gpus == 1.0 else f"{config.hosting.gpus:g} each"
     share = int(100 * num_gpus / total) / 100
     return (
         f"{total} engines ({', '.join(named)}) need GPUs, {each}, and there {_are(num_gpus)}. Either\n"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from kvbaton.cluster.config import cluster_config as configuration
 from kvbaton.cluster.host.engine_host import EngineHostSettings
 from kvbaton.cluster.launch.devices import threads_per_engine
 from kvbaton.cluster.launch.launch_types import Launch
 from kvbaton.cluster.pools.actors import EnginePlacement, ManagerSettings
-from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.router.engine_info import Role
 
 ENGINE_CPUS = 1.0
@@ -24,30 +22,18 @@ def manager_settings(launch: Launch) -> ManagerSettings:
         engine=config.engine_config(device, threads),
         secret=launch.secret,
         host="127.0.0.1" if config.ray.address is None else "",
-        model_id=config.model.served_name,
-        transfer=transfer_settings(config.transfer),
-        step_limit_s=config.step_timeout_s(device),
+        model_id=config.model_id,
+        transfer=config.transfer,
+        step_limit_s=config.hosting.step_timeout_on(device),
     )
     placement = EnginePlacement(
         num_cpus=ENGINE_CPUS,
-        num_gpus=config.engine.gpus if device == "cuda" else 0.0,
+        num_gpus=config.hosting.gpus if device == "cuda" else 0.0,
         environment=_environment(launch, threads),
-        start_timeout_s=config.engine.start_timeout_s,
+        start_timeout_s=config.hosting.start_timeout_s,
         log_level=config.ray.log_level,
     )
     return ManagerSettings(launch.store, template, placement)
-
-
-def transfer_settings(settings: configuration.TransferSettings) -> TransferSettings:
-    """What every engine's transfer agent gets."""
-    return TransferSettings(
-        lease_s=settings.lease_s,
-        connect_s=settings.connect_s,
-        drain_s=settings.drain_s,
-        send_window=settings.send_window,
-        bandwidth_floor_bytes_s=float(settings.bandwidth_floor),
-        checksum=settings.checksum,
-    )
 
 
 def _environment(launch: Launch, threads: int | None) -> tuple[tuple[str, str], ...]:

@@ -35,10 +35,10 @@ def send_first_request(base_url: str, launch: Launch, engines: Sequence[EngineIn
 
     Raises `LaunchFailed`.
     """
-    length = prompt_length(launch.config.router.local_prefill_tokens, engines)
+    length = prompt_length(launch.config.router.local_prefill_max_tokens, engines)
     vocab_size = launch.preflight.model.vocab_size
     body = {
-        "model": launch.config.model.served_name,
+        "model": launch.config.model_id,
         "prompt": [(_FIRST_ID + index) % vocab_size for index in range(length)],
         "max_tokens": _NUM_TOKENS,
         "temperature": 0,

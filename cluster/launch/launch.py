@@ -96,7 +96,7 @@ def _start_base(config: ClusterConfig, run_dir: Path, screen: Screen, stack: Exi
         preflight = check_launch(config)
         pools = config.pools
         step.result = (
-            f"{config.model.served_name}: {preflight.model.architecture.value}, {pools.prefill} prefill, "
+            f"{config.model_id}: {preflight.model.architecture.value}, {pools.prefill} prefill, "
             f"{pools.decode} decode, {pools.hybrid} hybrid on {preflight.device}"
         )
     with screen.step("state", "starting") as step:
@@ -188,7 +188,7 @@ def _start_endpoint(launch: Launch, cluster: Cluster, screen: Screen, stack: Exi
         step.result = f"first request answered in {seconds * 1000:.0f} ms"
     screen.pools(cluster.engines)
     screen.links(links_of(cluster.manager.stats(cluster.view)))
-    screen.endpoint(base_url, launch.config.model.served_name, bool(launch.config.security.api_keys))
+    screen.endpoint(base_url, launch.config.model_id, bool(launch.config.security.api_keys))
 
 
 def _watch(cluster: Cluster, screen: Screen) -> None:

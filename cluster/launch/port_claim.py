@@ -11,7 +11,7 @@ import errno
 import socket
 import struct
 
-from kvbaton.cluster.config.cluster_config import HttpSettings
+from kvbaton.cluster.config.cluster_config import HttpConfig
 from kvbaton.cluster.launch.preflight import other_port
 from kvbaton.engine.config import ConfigError
 
@@ -21,7 +21,7 @@ _PEER = struct.Struct("3i")  # pid, uid, gid
 class PortClaim:
     """Held from here until `close`, which may be called again. Raises `ConfigError`, naming the launch that has it."""
 
-    def __init__(self, http: HttpSettings) -> None:
+    def __init__(self, http: HttpConfig) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         name = f"\0kvbaton-starts-on-{http.port}"
         try:

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 import psutil
 
-from kvbaton.cluster.config.cluster_config import ClusterConfig, HttpSettings, ModelSettings, TransferSettings
+from kvbaton.cluster.config.cluster_config import ClusterConfig, HttpConfig
 from kvbaton.cluster.launch.devices import count_gpus, resolve_device
 from kvbaton.cluster.store.redis_store import RedisStore
 from kvbaton.cluster.store.store import StoreUnavailable
-from kvbaton.engine.config import ConfigError
+from kvbaton.engine.config import ConfigError, EngineConfig
 from kvbaton.engine.model.hf_config import check_quantization, load_model_config
 from kvbaton.engine.model.model_config import ModelConfig
 from kvbaton.engine.model.weight_files import check_weight_files
 from kvbaton.engine.text.tokenizer import check_tokenizer
-from kvbaton.kvtransfer.settings import CHECKSUM_OFF
+from kvbaton.kvtransfer.settings import CHECKSUM_OFF, TransferSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +33,15 @@ class Preflight:
 
 def check_launch(config: ClusterConfig) -> Preflight:
     """Raises `ConfigError` for the first thing that cannot work."""
-    model = check_model(config.model)
+    model = check_model(config.engine)
     check_quantization(model, config.engine.quantization)
     joined = config.ray.address is not None
     if joined and config.store.redis is None:
         raise ConfigError(
             "ray.address needs store.redis (--redis URL): the embedded server listens on this machine's loopback only"
         )
-    num_gpus = 0 if config.engine.device == "cpu" or joined else count_gpus()
-    device = config.engine.device if joined else resolve_device(config, num_gpus)
+    num_gpus = 0 if config.hosting.device == "cpu" or joined else count_gpus()
+    device = config.hosting.device if joined else resolve_device(config, num_gpus)
     if device == "auto":
         raise ConfigError("ray.address needs --device cpu or --device cuda: this machine's GPUs say nothing of others")
     check_checksum(config.transfer, device)
@@ -52,17 +52,17 @@ def check_launch(config: ClusterConfig) -> Preflight:
     return Preflight(model, device, num_gpus)
 
 
-def check_model(settings: ModelSettings) -> ModelConfig:
+def check_model(config: EngineConfig) -> ModelConfig:
     """Raise `ConfigError` for what is wrong with the model's files, as far as small reads tell."""
-    if settings.path == ModelSettings().path and not settings.path.exists():
+    if config.model == EngineConfig().model and not config.model.exists():
         raise ConfigError(
-            f"no model is named, and {settings.path} does not exist: --model FOLDER, or make a tiny one first: "
-            f"kvbaton make-model {settings.path}"
+            f"no model is named, and {config.model} does not exist: --model FOLDER, or make a tiny one first: "
+            f"kvbaton make-model {config.model}"
         )
-    model = load_model_config(settings.path)
-    check_tokenizer(settings.path)
-    check_weight_files(settings.path)
-    wanted, trained = settings.max_model_len, model.max_position_embeddings
+    model = load_model_config(config.model)
+    check_tokenizer(config.model)
+    check_weight_files(config.model)
+    wanted, trained = config.max_model_len, model.max_position_embeddings
     if wanted is not None and wanted > trained:
         raise ConfigError(f"--max-model-len {wanted} exceeds the model's max_position_embeddings, {trained}")
     return model
@@ -76,7 +76,7 @@ def check_checksum(transfer: TransferSettings, device: str) -> None:
         )
 
 
-def check_port(http: HttpSettings, ours: Container[int | None] = ()) -> None:
+def check_port(http: HttpConfig, ours: Container[int | None] = ()) -> None:
     """Raise `ConfigError` when the endpoint's port cannot be opened, naming who has it; processes in `ours` may."""
     try:
         family = socket.getaddrinfo(http.host, http.port, type=socket.SOCK_STREAM)[0][0]
@@ -122,7 +122,7 @@ def _name(pid: int | None) -> str:
         return f"pid {pid}"
 
 
-def other_port(http: HttpSettings) -> int:
+def other_port(http: HttpConfig) -> int:
     """A port near the wanted one that is free at this moment."""
     for port in range(http.port + 1, min(http.port + 50, 65536)):
         with socket.socket() as probe:

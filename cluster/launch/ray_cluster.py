@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvbaton.cluster.config.cluster_config import HttpSettings, RaySettings
+from kvbaton.cluster.config.cluster_config import HttpConfig, RayConfig
 from kvbaton.cluster.launch import haproxy_guard
 from kvbaton.cluster.launch.launch_types import LaunchFailed
 from kvbaton.engine.config import ConfigError
@@ -77,7 +77,7 @@ def find_haproxy() -> str:
     return str(binary)
 
 
-def private_environment(run_dir: Path, http: HttpSettings) -> dict[str, str]:
+def private_environment(run_dir: Path, http: HttpConfig) -> dict[str, str]:
     """The environment that Ray's processes inherit; to be set before `ray` is first imported."""
     metrics, stats, fallback_http, fallback_grpc, grpc = free_ports(5)
     haproxy_dir = run_dir / "h"
@@ -110,7 +110,7 @@ def private_environment(run_dir: Path, http: HttpSettings) -> dict[str, str]:
     }
 
 
-def _haproxy_patience_s(http: HttpSettings) -> int:
+def _haproxy_patience_s(http: HttpConfig) -> int:
     """How long an HAProxy keeps its connections once another has its place, as it has when a replica comes or goes:
     longer than any response may take."""
     return math.ceil(max(http.request_timeout_s, http.shutdown_timeout_s)) + 60
@@ -124,7 +124,7 @@ def _write_guard(run_dir: Path, public_port: int) -> Path:
     return script
 
 
-def start_private(run_dir: Path, settings: RaySettings, resources: RayResources) -> None:
+def start_private(run_dir: Path, settings: RayConfig, resources: RayResources) -> None:
     """`ray.init` of a new cluster whose files live in `run_dir`. The environment must be set already. Raises
     `LaunchFailed`.
 
@@ -150,7 +150,7 @@ def start_private(run_dir: Path, settings: RaySettings, resources: RayResources)
         raise LaunchFailed(f"Ray did not start: {error}") from error
 
 
-def join(settings: RaySettings) -> None:
+def join(settings: RayConfig) -> None:
     """Connect to the cluster at `settings.address`. Raises `ConfigError` when nothing answers there."""
     import ray
 

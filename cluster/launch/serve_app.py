@@ -115,10 +115,11 @@ def _application(launch: Launch) -> Any:
     settings = IngressSettings(
         store=launch.store,
         secret=launch.secret,
-        model=config.model.path.resolve(),
-        model_id=config.model.served_name,
-        max_model_len=config.model.max_model_len,
+        model=config.engine.model.resolve(),
+        model_id=config.model_id,
+        max_model_len=config.engine.max_model_len,
         router=config.router,
+        client=config.client,
         http=config.http,
         api_keys=config.security.api_keys,
     )

@@ -45,9 +45,9 @@ class EnginePlacement:
 
     num_cpus: float
     num_gpus: float
+    start_timeout_s: float
+    log_level: str
     environment: tuple[tuple[str, str], ...] = ()
-    start_timeout_s: float = 600.0
-    log_level: str = "info"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvbaton.cluster.config.cluster_config import PoolSettings
+from kvbaton.cluster.config.cluster_config import PoolsConfig
 from kvbaton.cluster.pools.plan import Plan, Slot, free_ids, plan_pools
 from kvbaton.cluster.pools.supervisor import (
     Backoff,
@@ -37,7 +37,7 @@ class PoolState(Protocol):
         """A number higher than any given out for this id before. Raises `StateUnavailable`."""
         ...
 
-    def desired(self) -> AsyncIterator[PoolSettings]:
+    def desired(self) -> AsyncIterator[PoolsConfig]:
         """The wanted pools: what is set now, then each change. Waits while the store is away."""
         ...
 
@@ -52,7 +52,7 @@ class PoolView:
 
     version: int
     engines: tuple[EngineView, ...]
-    desired: PoolSettings | None
+    desired: PoolsConfig | None
 
     @property
     def settled(self) -> bool:
@@ -69,7 +69,7 @@ class PoolManager:
         self._state = state
         self._tools = KeeperTools(factory, state.next_generation, clock, backoff or Backoff(), self._on_change)
         self._keepers: dict[str, EngineKeeper] = {}
-        self._desired: PoolSettings | None = None
+        self._desired: PoolsConfig | None = None
         self._version = 0
         self._changed = asyncio.Event()
         self._run_task: asyncio.Task[None] | None = None

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayActorError
 
-from kvbaton.cluster.config.cluster_config import PoolSettings
+from kvbaton.cluster.config.cluster_config import PoolsConfig
 from kvbaton.cluster.host.engine_host import EngineStats
 from kvbaton.cluster.launch.launch_types import LaunchFailed, StoreAddress
 from kvbaton.cluster.pools.actors import (
@@ -40,7 +40,7 @@ class ManagerClient:
         self._actor = actor
 
     @classmethod
-    def start(cls, settings: ManagerSettings, pools: PoolSettings) -> ManagerClient:
+    def start(cls, settings: ManagerSettings, pools: PoolsConfig) -> ManagerClient:
         """Set the wanted pools and start the manager; returns as soon as it works on them."""
         _end_earlier()
         asyncio.run(_set_desired(settings.store, pools))
@@ -104,7 +104,7 @@ def _end_earlier() -> None:
     earlier.stop()
 
 
-async def _set_desired(address: StoreAddress, pools: PoolSettings) -> None:
+async def _set_desired(address: StoreAddress, pools: PoolsConfig) -> None:
     store = await RedisStore.open(address.url, address.namespace)
     try:
         await write_desired(store, pools)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kvbaton.cluster.config.cluster_config import PoolSettings
+from kvbaton.cluster.config.cluster_config import PoolsConfig
 from kvbaton.router.engine_info import Role
 
 
@@ -39,12 +39,12 @@ class Plan:
     stops: tuple[str, ...] = ()
 
 
-def wanted_counts(pools: PoolSettings) -> dict[Role, int]:
+def wanted_counts(pools: PoolsConfig) -> dict[Role, int]:
     """Engines per role, every role present."""
     return {Role.PREFILL: pools.prefill, Role.DECODE: pools.decode, Role.HYBRID: pools.hybrid}
 
 
-def plan_pools(slots: Sequence[Slot], pools: PoolSettings) -> Plan:
+def plan_pools(slots: Sequence[Slot], pools: PoolsConfig) -> Plan:
     """The changes from `slots` to `pools`. The least useful engines of a role go first: not ready, then newest id."""
     wanted = wanted_counts(pools)
     surplus = [slot for role in Role for slot in _surplus(slots, role, wanted)]

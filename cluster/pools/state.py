@@ -8,8 +8,8 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 
-from kvbaton.cluster.config.cluster_config import PoolSettings
-from kvbaton.cluster.config.config_file import Place, build
+from kvbaton.cluster.config.cluster_config import PoolsConfig
+from kvbaton.cluster.config.config_file import build
 from kvbaton.cluster.pools.manager import StateUnavailable
 from kvbaton.cluster.store.store import MAX_WAIT_S, Cursor, Store, StoreUnavailable
 from kvbaton.engine.config import ConfigError
@@ -23,13 +23,13 @@ _RETRY_S = 1.0
 _MAX_CHANGES = 16
 
 
-async def write_desired(store: Store, pools: PoolSettings) -> None:
+async def write_desired(store: Store, pools: PoolsConfig) -> None:
     """Set the wanted pools; the manager hears of it. Raises `StoreUnavailable`."""
     await store.put(DESIRED, json.dumps(asdict(pools)).encode())
     await store.append(CHANGES, b"", _MAX_CHANGES)
 
 
-async def read_desired(store: Store) -> PoolSettings | None:
+async def read_desired(store: Store) -> PoolsConfig | None:
     """The wanted pools, None where nobody set any. Raises `StoreUnavailable` and `ConfigError`."""
     value = await store.get(DESIRED)
     if value is None:
@@ -38,7 +38,7 @@ async def read_desired(store: Store) -> PoolSettings | None:
         tree = json.loads(value)
     except ValueError as error:
         raise ConfigError(f"{DESIRED} in the store is not JSON: {error}") from None
-    return build(PoolSettings, tree, Place(DESIRED, {}))
+    return build({"pools": tree}).pools
 
 
 class StorePoolState:
@@ -53,9 +53,9 @@ class StorePoolState:
         except StoreUnavailable as error:
             raise StateUnavailable(str(error)) from error
 
-    async def desired(self) -> AsyncIterator[PoolSettings]:
+    async def desired(self) -> AsyncIterator[PoolsConfig]:
         """Yields what is set, then each change. An outage is waited out; a value that makes no sense is passed over."""
-        last: PoolSettings | None = None
+        last: PoolsConfig | None = None
         after = 0
         while True:
             try:
@@ -72,7 +72,7 @@ class StorePoolState:
                 after = 0  # a store that lost its data counts from 1 again
                 await asyncio.sleep(_RETRY_S)
 
-    async def _readable(self) -> PoolSettings | None:
+    async def _readable(self) -> PoolsConfig | None:
         try:
             return await read_desired(self._store)
         except ConfigError as error:

@@ -85,11 +85,11 @@ def test_every_flag_reaches_its_setting() -> None:
     path, overrides = serve_command.parse([part for item in given.items() for part in item])
     assert path is None
     config = load_config(None, overrides)
-    assert config.model.path == Path("/m")
+    assert config.engine.model == Path("/m")
     assert (config.pools.prefill, config.pools.decode, config.pools.hybrid) == (2, 2, 2)
-    assert config.engine.kv_memory == 2 << 30
+    assert config.engine.cache.kv_memory_bytes == 2 << 30
     assert config.engine.quantization == "int8"
-    assert (config.engine.block_size, config.engine.threads, config.engine.gpus) == (32, 2, 0.5)
+    assert (config.engine.cache.block_size, config.engine.threads, config.hosting.gpus) == (32, 2, 0.5)
     assert (config.http.host, config.http.port, config.http.replicas) == ("::1", 2, 2)
     assert config.store.redis == "redis://r"
     assert config.ray.address == "auto"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import get_type_hints
 
 import pytest
 from starlette.routing import Route
@@ -23,6 +21,7 @@ from kvbaton.cluster.store.registry import Membership
 from kvbaton.cluster.store.store import MemoryStore
 from kvbaton.router.placement import RouterConfig
 from kvbaton.router.router import Router
+from kvbaton.settings import operator_fields
 from support.http_support import ScriptedClient, load_tokenizer, make_service, say
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,8 +35,7 @@ def table_keys(pattern: str) -> list[str]:
 
 
 def settings() -> Iterator[str]:
-    for section, kind in get_type_hints(ClusterConfig).items():
-        yield from (f"{section}.{field.name}" for field in dataclasses.fields(kind))
+    yield from (setting.path for setting, _ in operator_fields(ClusterConfig))
 
 
 def test_every_setting_is_documented_once_and_exists() -> None:

@@ -116,8 +116,8 @@ def test_a_slow_machine_is_not_kept_from_serving(token_s: float) -> None:
 
 @pytest.fixture
 def config(tiny_model: TinyModels) -> EngineConfig:
-    cache, batch = CacheConfig(kv_memory_bytes=8 << 20), BatchConfig(max_tokens_per_step=300, prefill_chunk_tokens=7)
-    return EngineConfig(tiny_model(Family.QWEN3), cache=cache, batch=batch, measure_chunk=True)
+    batch = BatchConfig(max_tokens_per_step=300, prefill_chunk_tokens="auto")
+    return EngineConfig(tiny_model(Family.QWEN3), cache=CacheConfig(kv_memory_bytes=8 << 20), batch=batch)
 
 
 @pytest.mark.parametrize("pipelined", ["off", "on"])
@@ -126,7 +126,7 @@ def test_an_engine_measures_itself(config: EngineConfig, caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO):
         engine = Engine.load(replace(config, pipelined=pipelined))
     assert engine.limits == replace(config.batch, prefill_chunk_tokens=engine.limits.prefill_chunk_tokens)
-    assert engine.limits.prefill_chunk_tokens in (128, 256)
+    assert engine.limits.chunk_tokens in (128, 256)
     assert re.search(r"prefill chunks of (128|256) tokens; measured: 128: \d+/s, 256: \d+/s", caplog.text)
     counts = engine.kv.counts()
     assert (counts.free, counts.held, counts.cached) == (counts.total, 0, 0)
@@ -134,14 +134,14 @@ def test_an_engine_measures_itself(config: EngineConfig, caplog: pytest.LogCaptu
     driver = EngineDriver(engine)
     for prompt in prompts()[:3]:
         seq = driver.add(prompt)
-        driver.prefill(seq, engine.limits.prefill_chunk_tokens)
+        driver.prefill(seq, engine.limits.chunk_tokens)
         driver.decode(8, seq)
         assert seq.tokens[seq.num_prompt :] == oracle_tokens(config.model, prompt)[:8]
     driver.finish()
 
 
 def test_a_step_that_fails_leaves_no_block_behind(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine.load(replace(config, measure_chunk=False))
+    engine = Engine.load(replace(config, batch=replace(config.batch, prefill_chunk_tokens=7)))
 
     def out_of_memory(rows: list[ScheduledRow]) -> None:
         raise MemoryError("no room for activations")
@@ -176,13 +176,14 @@ def test_the_pool_and_the_model_bound_what_is_tried(config: EngineConfig, monkey
 
 
 def test_what_is_set_is_not_measured(config: EngineConfig) -> None:
-    assert Engine.load(replace(config, measure_chunk=False)).limits is config.batch
+    batch = replace(config.batch, prefill_chunk_tokens=7)
+    assert Engine.load(replace(config, batch=batch)).limits is batch
 
 
 @pytest.mark.ucx
 async def test_a_served_engine_runs_chunks_of_the_measured_size(tiny_model: TinyModels) -> None:
     """The registry, and with it the router and `/metrics`, have the size that the steps have."""
-    options = EngineOptions(max_tokens_per_step=96, prefill_chunk_tokens=16, measure_chunk=True)
+    options = EngineOptions(max_tokens_per_step=96, prefill_chunk_tokens="auto")
     async with LocalCluster(tiny_model(Family.LLAMA), (Role.HYBRID,), options) as cluster:
         assert [info.prefill_chunk_tokens for info in cluster.membership.engines] == [96]
         await cluster.assert_clean()

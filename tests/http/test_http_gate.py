@@ -13,8 +13,8 @@ from fastapi import FastAPI
 
 from kvbaton.cluster.http.app import create_app
 from kvbaton.cluster.http.gate import DISCARD_BYTES, Front
+from kvbaton.cluster.http.limits import HttpLimits
 from kvbaton.cluster.http.metrics import HttpMetrics
-from kvbaton.cluster.http.service import HttpLimits
 from kvbaton.engine.text.tokenizer import Tokenizer
 from support.http_support import ScriptedClient, http_client, make_service, say
 
@@ -28,7 +28,7 @@ def app(tokenizer: Tokenizer) -> FastAPI:
         ScriptedClient(say(tokenizer, "ok")),
         tokenizer,
         api_keys=("first-key", "second-key"),
-        limits=HttpLimits(max_body_bytes=1000),
+        limits=HttpLimits(max_body_bytes=1024),
     )
     return create_app(service)
 
@@ -109,8 +109,8 @@ async def call_raw(app: FastAPI, body: EndlessBody, headers: list[tuple[bytes, b
 
 async def test_bodies_up_to_the_cap_pass(app: FastAPI) -> None:
     body = json.dumps({"prompt": "Hi", "user": ""}).encode()
-    body = body.replace(b'""', b'"' + b"x" * (1000 - len(body)) + b'"')
-    assert len(body) == 1000
+    body = body.replace(b'""', b'"' + b"x" * (1024 - len(body)) + b'"')
+    assert len(body) == 1024
 
     async def chunks() -> AsyncIterator[bytes]:
         yield body[:600]

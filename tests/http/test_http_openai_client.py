@@ -14,7 +14,7 @@ import uvicorn
 
 from kvbaton.cluster.client.api import EngineLost, Overloaded
 from kvbaton.cluster.http.app import create_app
-from kvbaton.cluster.http.service import HttpLimits
+from kvbaton.cluster.http.limits import HttpLimits
 from kvbaton.engine.request import FinishReason, Request
 from kvbaton.engine.text.tokenizer import Tokenizer
 from support.http_support import MODEL_ID, ScriptedClient, Step, make_service, outputs, say

@@ -14,7 +14,7 @@ from kvbaton.kvtransfer.loopback import LoopbackTransport
 from kvbaton.kvtransfer.messages import Cause, Failed, HandoffKey, Landed, Landing, Offer, Released
 from kvbaton.kvtransfer.receiver import ReceiveHandoff
 from kvbaton.kvtransfer.sender import SendHandoff
-from kvbaton.kvtransfer.settings import TransferSettings, TransferSettingsError
+from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.kvtransfer.states import ReceiverState
 from kvbaton.kvtransfer.transport import Transport
 from kvbaton.kvtransfer.wire import (
@@ -28,6 +28,7 @@ from kvbaton.kvtransfer.wire import (
     SumsMessage,
     decode,
 )
+from kvbaton.settings import ConfigError
 from support.recording_link import RecordingLink
 from support.transfer_rig import ByteBlocks, Engine, EngineOptions, Rig, key, offer
 
@@ -80,14 +81,14 @@ class GpuBlocks(ByteBlocks):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gpu_memory_is_refused_by_name(kind: str) -> None:
     assert block_sums("off", GpuBlocks(1, 64)) is None
-    with pytest.raises(TransferSettingsError, match=f"checksum {kind} is for blocks in host memory"):
+    with pytest.raises(ConfigError, match=f"checksum {kind} is for blocks in host memory"):
         block_sums(kind, GpuBlocks(1, 64))
 
 
 @pytest.mark.parametrize(("kind", "module"), [("xxh3", "xxhash"), ("crc32c", "google_crc32c")])
 def test_a_missing_library_is_named_and_off_needs_none(kind: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(TransferSettingsError, match=f"checksum {kind} needs the package {module.replace('_', '-')}"):
+    with pytest.raises(ConfigError, match=f"checksum {kind} needs the package {module.replace('_', '-')}"):
         block_sums(kind, ByteBlocks(1, 64))
     assert block_sums("off", ByteBlocks(1, 64)) is None
 
@@ -97,12 +98,12 @@ def test_the_slow_fallback_of_crc32c_is_refused(monkeypatch: pytest.MonkeyPatch)
     import google_crc32c
 
     monkeypatch.setattr(google_crc32c, "implementation", "python")
-    with pytest.raises(TransferSettingsError, match="no compiled part"):
+    with pytest.raises(ConfigError, match="no compiled part"):
         block_sums("crc32c", ByteBlocks(1, 64))
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(TransferSettingsError, match="checksum must be one of off, crc32c, xxh3, not 'md5'"):
+    with pytest.raises(ConfigError, match=r"transfer\.checksum: must be one of off, crc32c, xxh3, got 'md5'"):
         TransferSettings(checksum="md5")
 
 

@@ -23,7 +23,8 @@ from kvbaton.kvtransfer.messages import (
     PeerAddress,
     Released,
 )
-from kvbaton.kvtransfer.settings import TransferSettings, TransferSettingsError
+from kvbaton.kvtransfer.settings import TransferSettings
+from kvbaton.settings import ConfigError
 from support.transfer_rig import Engine, EngineOptions, Rig, key, kinds, offer
 
 
@@ -444,7 +445,7 @@ def test_many_hand_offs_both_ways_keep_their_blocks_apart() -> None:
 
 @pytest.mark.parametrize("field", ["lease_s", "connect_s", "drain_s", "send_window", "max_payload_bytes"])
 def test_settings_that_cannot_work_are_refused_by_name(field: str) -> None:
-    with pytest.raises(TransferSettingsError, match=field):
+    with pytest.raises(ConfigError, match=field):
         replace(TransferSettings(), **{field: 0})
 
 

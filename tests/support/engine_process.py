@@ -15,7 +15,7 @@ import threading
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -42,14 +42,13 @@ class EngineOptions:
 
     kv_memory_bytes: int = 64 << 20
     max_tokens_per_step: int = 512
-    prefill_chunk_tokens: int = 64
+    prefill_chunk_tokens: int | Literal["auto"] = 64
     prefix_cache: bool = True
     lease_s: float = 10.0
     block_size: int = 16
     device: str = "cpu"
     step_limit_s: float = 60.0
     pipelined: str = "auto"
-    measure_chunk: bool = False
     quantization: str = "none"
 
 
@@ -65,14 +64,11 @@ def host_settings(
         threads=1,
         cache=cache,
         batch=batch,
-        measure_chunk=options.measure_chunk,
         quantization=options.quantization,
         pipelined=options.pipelined,
     )
     transfer = TransferSettings(lease_s=options.lease_s)
-    return EngineHostSettings(
-        engine_id, generation, role, engine, SECRET, transfer=transfer, step_limit_s=options.step_limit_s
-    )
+    return EngineHostSettings(engine_id, generation, role, engine, options.step_limit_s, SECRET, transfer=transfer)
 
 
 class EngineProcess:

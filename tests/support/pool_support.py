@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from kvbaton.cluster.config.cluster_config import PoolSettings
+from kvbaton.cluster.config.cluster_config import PoolsConfig
 from kvbaton.cluster.pools.manager import StateUnavailable
 from kvbaton.cluster.pools.supervisor import EngineFailed, EngineSpec
 from kvbaton.router.engine_info import EngineInfo, EngineState, Role
@@ -134,7 +134,7 @@ class ScriptedState:
     base: int = 0
     away: bool = False
     _given: dict[str, int] = field(default_factory=dict)
-    _queue: asyncio.Queue[PoolSettings] = field(default_factory=asyncio.Queue)
+    _queue: asyncio.Queue[PoolsConfig] = field(default_factory=asyncio.Queue)
 
     async def next_generation(self, engine_id: str) -> int:
         if self.away:
@@ -147,8 +147,8 @@ class ScriptedState:
         self._given.clear()
 
     def want(self, prefill: int, decode: int, hybrid: int = 0) -> None:
-        self._queue.put_nowait(PoolSettings(prefill, decode, hybrid))
+        self._queue.put_nowait(PoolsConfig(prefill, decode, hybrid))
 
-    async def desired(self) -> AsyncIterator[PoolSettings]:
+    async def desired(self) -> AsyncIterator[PoolsConfig]:
         while True:
             yield await self._queue.get()

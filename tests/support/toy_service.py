@@ -123,7 +123,7 @@ class ToyService:
         self.streams: dict[str, ToyStream] = {}
         self.links = ToyLinks()
         self.router = Router(RouterConfig(local_prefill_max_tokens=0), self.clock, random.Random(0))
-        config = ClientConfig(max_resumes=1 << 20, park_s=1e6)
+        config = ClientConfig(max_resumes=100, park_s=1e6)
         self.client = ClusterClient(None, self.router, SECRET, "toy", config)  # type: ignore[arg-type]
         self.client._links = self.links  # type: ignore[assignment]
         self._generations: dict[str, int] = {}

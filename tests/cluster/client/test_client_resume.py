@@ -340,7 +340,7 @@ async def test_random_faults_never_lose_or_repeat_a_token(seed: int) -> None:
         make_request(f"r{i}", prompt_tokens=rng.randint(1, 40), max_tokens=rng.randint(1, 30), n=rng.randint(1, 3))
         for i in range(60)
     ]
-    config = ClientConfig(max_resumes=1000)
+    config = ClientConfig(max_resumes=100)
     router_config = RouterConfig(local_prefill_max_tokens=8)
     async with cluster(2, 2, hybrid=1, client_config=config, router_config=router_config) as c:
         for node in c.nodes.values():

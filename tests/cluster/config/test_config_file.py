@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvbaton.cluster.config.cluster_config import ClusterConfig, PoolSettings
+from kvbaton.cluster.config.cluster_config import ClusterConfig, PoolsConfig
 from kvbaton.cluster.config.config_file import Override, load_config
-from kvbaton.cluster.launch.engine_settings import transfer_settings
 from kvbaton.engine.config import ConfigError
 
 
@@ -42,11 +41,11 @@ transfer:
 
 def test_every_value_of_a_file_arrives(tmp_path: Path) -> None:
     config = load(tmp_path, FULL)
-    assert config.model.path == Path("/models/qwen")
-    assert config.model.served_name == "qwen"
-    assert config.pools == PoolSettings(prefill=2, decode=3, hybrid=0)
-    assert config.engine.kv_memory == 3 * 512 * 1024 * 1024
-    assert config.engine.prefix_cache is False
+    assert config.engine.model == Path("/models/qwen")
+    assert config.model_id == "qwen"
+    assert config.pools == PoolsConfig(prefill=2, decode=3, hybrid=0)
+    assert config.engine.cache.kv_memory_bytes == 3 * 512 * 1024 * 1024
+    assert config.engine.cache.prefix_cache is False
     assert (config.http.host, config.http.port) == ("0.0.0.0", 8001)
     assert config.store.redis == "redis://cache:6379/2"
     assert config.security.api_keys == ("a", "b")
@@ -58,8 +57,7 @@ def test_off_is_a_word_and_reaches_the_agents(tmp_path: Path, checksum: str) -> 
     """Guards against YAML 1.1, which reads an unquoted off as false."""
     config = load(tmp_path, f"transfer: {{checksum: {checksum}}}\nengine: {{prefix_cache: False}}")
     assert config.transfer.checksum == checksum
-    assert config.engine.prefix_cache is False
-    assert transfer_settings(config.transfer).checksum == checksum
+    assert config.engine.cache.prefix_cache is False
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "pools:\n"])
@@ -121,7 +119,7 @@ def test_sizes(tmp_path: Path, written: str, size: int) -> None:
         with pytest.raises(ConfigError, match="at least 65536 bytes, got 64000"):
             load(tmp_path, f"engine: {{kv_memory: {written}}}")
         return
-    assert load(tmp_path, f"engine: {{kv_memory: {written}}}").engine.kv_memory == size
+    assert load(tmp_path, f"engine: {{kv_memory: {written}}}").engine.cache.kv_memory_bytes == size
 
 
 def test_a_flag_overrides_the_file_and_is_named_in_errors(tmp_path: Path) -> None:
@@ -148,7 +146,7 @@ def test_secrets_do_not_print(tmp_path: Path) -> None:
 def test_engine_config_resolves_defaults_by_device() -> None:
     config = ClusterConfig()
     cpu, gpu = config.engine_config("cpu", threads=1), config.engine_config("cuda", threads=None)
-    assert (cpu.cache.block_size, gpu.cache.block_size) == (16, 32)
+    assert (cpu.cache.block_size_on("cpu"), gpu.cache.block_size_on("cuda")) == (16, 32)
     assert (cpu.threads, gpu.threads) == (1, None)
     assert cpu.model.is_absolute()
 
@@ -168,7 +166,7 @@ def test_chunks_are_measured_where_nothing_else_is_said(
     tmp_path: Path, text: str, device: str, chunk: int | str
 ) -> None:
     engine = load(tmp_path, text).engine_config(device, threads=1)
-    assert ("auto" if engine.measure_chunk else engine.batch.prefill_chunk_tokens) == chunk
+    assert (engine.batch.prefill_chunk_tokens or engine.batch.chunk_tokens) == chunk
 
 
 def test_engines_that_share_a_gpu_share_its_memory(tmp_path: Path) -> None:

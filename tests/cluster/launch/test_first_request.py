@@ -13,10 +13,11 @@ from typing import cast
 
 import pytest
 
-from kvbaton.cluster.config.cluster_config import ClusterConfig, ModelSettings
+from kvbaton.cluster.config.cluster_config import ClusterConfig
 from kvbaton.cluster.launch import first_request
 from kvbaton.cluster.launch.first_request import send_first_request
 from kvbaton.cluster.launch.launch_types import Launch, LaunchFailed
+from kvbaton.engine.config import EngineConfig
 from kvbaton.router.engine_info import EngineInfo
 
 
@@ -49,7 +50,7 @@ def answering(statuses: list[int]) -> Iterator[str]:
 
 
 def send(url: str) -> float:
-    config = ClusterConfig(model=ModelSettings(path=Path("tiny")))
+    config = ClusterConfig(engine=EngineConfig(Path("tiny")))
     launch = SimpleNamespace(config=config, preflight=SimpleNamespace(model=SimpleNamespace(vocab_size=512)))
     engine = SimpleNamespace(block_size=16, max_model_len=512)
     return send_first_request(url, cast(Launch, launch), [cast(EngineInfo, engine)])

@@ -9,20 +9,20 @@ import sys
 
 import pytest
 
-from kvbaton.cluster.config.cluster_config import HttpSettings
+from kvbaton.cluster.config.cluster_config import HttpConfig
 from kvbaton.cluster.launch.port_claim import PortClaim
 from kvbaton.engine.config import ConfigError
 
-HTTP = HttpSettings(port=19_999)
+HTTP = HttpConfig(port=19_999)
 
 
 def test_the_second_is_told_who_has_it_and_what_else_there_is() -> None:
     first = PortClaim(HTTP)
     with pytest.raises(ConfigError) as refusal:
-        PortClaim(HttpSettings(host="0.0.0.0", port=19_999))
+        PortClaim(HttpConfig(host="0.0.0.0", port=19_999))
     assert f"another launch (pid {os.getpid()}) is starting on port 19999;" in str(refusal.value)
     assert "--port 2" in str(refusal.value)
-    other = PortClaim(HttpSettings(port=19_998))
+    other = PortClaim(HttpConfig(port=19_998))
     first.close()
     first.close()
     again = PortClaim(HTTP)
@@ -33,9 +33,9 @@ def test_the_second_is_told_who_has_it_and_what_else_there_is() -> None:
 def test_a_killed_launch_lets_go() -> None:
     """Guards against a port that stays claimed after a crash."""
     program = (
-        "from kvbaton.cluster.config.cluster_config import HttpSettings\n"
+        "from kvbaton.cluster.config.cluster_config import HttpConfig\n"
         "from kvbaton.cluster.launch.port_claim import PortClaim\n"
-        "claim = PortClaim(HttpSettings(port=19_999))\n"
+        "claim = PortClaim(HttpConfig(port=19_999))\n"
         "print(flush=True)\n"
         "input()\n"
     )

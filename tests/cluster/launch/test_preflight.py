@@ -11,19 +11,18 @@ import pytest
 
 from kvbaton.cluster.config.cluster_config import (
     ClusterConfig,
-    EngineSettings,
-    HttpSettings,
-    ModelSettings,
-    PoolSettings,
-    RaySettings,
-    StoreSettings,
-    TransferSettings,
+    HostingConfig,
+    HttpConfig,
+    PoolsConfig,
+    RayConfig,
+    StoreConfig,
 )
 from kvbaton.cluster.launch import preflight
 from kvbaton.cluster.launch.devices import resolve_device, threads_per_engine
 from kvbaton.cluster.launch.preflight import check_checksum, check_launch, check_port, check_redis
 from kvbaton.cluster.store.valkey import EmbeddedValkey
-from kvbaton.engine.config import ConfigError
+from kvbaton.engine.config import ConfigError, EngineConfig
+from kvbaton.kvtransfer.settings import TransferSettings
 
 TinyModel = Callable[[str], Path]
 
@@ -34,8 +33,8 @@ def refused(check: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-def gpu_config(pools: PoolSettings, device: str = "auto", gpus: float = 1.0) -> ClusterConfig:
-    return ClusterConfig(pools=pools, engine=EngineSettings(device=device, gpus=gpus))
+def gpu_config(pools: PoolsConfig, device: str = "auto", gpus: float = 1.0) -> ClusterConfig:
+    return ClusterConfig(pools=pools, hosting=HostingConfig(device=device, gpus=gpus))
 
 
 def test_a_port_in_use_is_refused_with_its_owner_and_a_free_one() -> None:
@@ -43,17 +42,17 @@ def test_a_port_in_use_is_refused_with_its_owner_and_a_free_one() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        message = refused(lambda: check_port(HttpSettings(port=port)))
+        message = refused(lambda: check_port(HttpConfig(port=port)))
     assert f"port {port} on 127.0.0.1 is in use by" in message
     assert f"(pid {os.getpid()})" in message
     other = int(message.rpartition("--port ")[2].split()[0])
-    check_port(HttpSettings(port=other))
+    check_port(HttpConfig(port=other))
 
 
 def test_the_launchs_own_listener_is_no_stranger() -> None:
     """Guards what a failed start says: that HAProxy of this very launch has the port tells nobody anything."""
     with socket.create_server(("127.0.0.1", 0)) as own:
-        http = HttpSettings(port=own.getsockname()[1])
+        http = HttpConfig(port=own.getsockname()[1])
         check_port(http, ours=[os.getpid()])
         assert "is in use by" in refused(lambda: check_port(http, ours=[os.getpid() + 1]))
 
@@ -69,12 +68,12 @@ def test_a_port_left_in_time_wait_is_free() -> None:
         accepted, _ = server.accept()
         accepted.close()  # the side that closes first keeps TIME_WAIT
         client.close()
-    check_port(HttpSettings(port=port))
+    check_port(HttpConfig(port=port))
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
-    assert "cannot listen on 192.0.2.77:8000" in refused(lambda: check_port(HttpSettings(host="192.0.2.77")))
-    assert "is not an address" in refused(lambda: check_port(HttpSettings(host="no.such.host.invalid")))
+    assert "cannot listen on 192.0.2.77:8000" in refused(lambda: check_port(HttpConfig(host="192.0.2.77")))
+    assert "is not an address" in refused(lambda: check_port(HttpConfig(host="no.such.host.invalid")))
 
 
 def test_a_redis_that_is_down_is_named() -> None:
@@ -109,12 +108,12 @@ def test_a_damaged_model_folder_is_named(
     for name in ("config.json", "tokenizer.json"):
         (folder / name).write_bytes((tiny_model("llama") / name).read_bytes())
     spoil(folder)
-    config = ClusterConfig(model=ModelSettings(path=folder))
+    config = ClusterConfig(engine=EngineConfig(folder))
     assert message in refused(lambda: check_launch(config))
 
 
 def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
-    config = ClusterConfig(model=ModelSettings(path=tmp_path / "none"))
+    config = ClusterConfig(engine=EngineConfig(tmp_path / "none"))
     assert str(tmp_path / "none") in refused(lambda: check_launch(config))
 
 
@@ -126,13 +125,13 @@ def test_no_model_at_all_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_length_past_the_models_own_is_refused_before_anything_starts(tiny_model: TinyModel) -> None:
-    config = ClusterConfig(model=ModelSettings(path=tiny_model("llama"), max_model_len=10**6))
+    config = ClusterConfig(engine=EngineConfig(tiny_model("llama"), max_model_len=10**6))
     assert "--max-model-len 1000000 exceeds" in refused(lambda: check_launch(config))
 
 
 def test_a_launch_that_can_work_passes(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "count_gpus", lambda: 0)
-    config = ClusterConfig(model=ModelSettings(path=tiny_model("llama")), http=HttpSettings(port=0))
+    config = ClusterConfig(engine=EngineConfig(tiny_model("llama")), http=HttpConfig(port=0))
     found = check_launch(config)
     assert (found.device, found.num_gpus) == ("cpu", 0)
     assert found.model.num_layers == 4
@@ -146,22 +145,22 @@ def test_checksums_of_blocks_in_gpu_memory_are_refused_before_anything_starts() 
 
 
 def test_joining_a_ray_cluster_needs_a_redis_that_others_can_reach(tiny_model: TinyModel) -> None:
-    model = ModelSettings(path=tiny_model("llama"))
-    joined = RaySettings(address="10.0.0.1:6379")
-    assert "--redis" in refused(lambda: check_launch(ClusterConfig(model=model, ray=joined)))
+    engine = EngineConfig(tiny_model("llama"))
+    joined = RayConfig(address="10.0.0.1:6379")
+    assert "--redis" in refused(lambda: check_launch(ClusterConfig(engine=engine, ray=joined)))
     server = EmbeddedValkey()
-    store = StoreSettings(redis=server.start())
-    assert "--device" in refused(lambda: check_launch(ClusterConfig(model=model, ray=joined, store=store)))
+    store = StoreConfig(redis=server.start())
+    assert "--device" in refused(lambda: check_launch(ClusterConfig(engine=engine, ray=joined, store=store)))
     server.stop()
 
 
 @pytest.mark.parametrize(
     ("config", "num_gpus", "device"),
     [
-        (gpu_config(PoolSettings(1, 1)), 0, "cpu"),
-        (gpu_config(PoolSettings(1, 1)), 2, "cuda"),
-        (gpu_config(PoolSettings(1, 1), device="cpu"), 8, "cpu"),
-        (gpu_config(PoolSettings(1, 1), gpus=0.5), 1, "cuda"),
+        (gpu_config(PoolsConfig(1, 1)), 0, "cpu"),
+        (gpu_config(PoolsConfig(1, 1)), 2, "cuda"),
+        (gpu_config(PoolsConfig(1, 1), device="cpu"), 8, "cpu"),
+        (gpu_config(PoolsConfig(1, 1), gpus=0.5), 1, "cuda"),
     ],
 )
 def test_device(config: ClusterConfig, num_gpus: int, device: str) -> None:
@@ -169,20 +168,20 @@ def test_device(config: ClusterConfig, num_gpus: int, device: str) -> None:
 
 
 def test_fewer_gpus_than_engines_says_what_to_do() -> None:
-    message = refused(lambda: resolve_device(gpu_config(PoolSettings(2, 1)), 1))
+    message = refused(lambda: resolve_device(gpu_config(PoolsConfig(2, 1)), 1))
     assert message.startswith("3 engines (2 prefill, 1 decode) need GPUs, one each, and there is 1 GPU.")
     assert "--prefill 0 --decode 0 --hybrid 1" in message
     assert "--gpus-per-engine 0.33" in message
     assert "--device cpu" in message
-    assert resolve_device(gpu_config(PoolSettings(2, 1), gpus=0.33), 1) == "cuda"  # the advice works
+    assert resolve_device(gpu_config(PoolsConfig(2, 1), gpus=0.33), 1) == "cuda"  # the advice works
 
 
 def test_cuda_without_a_gpu_is_refused() -> None:
-    assert "--device cpu" in refused(lambda: resolve_device(gpu_config(PoolSettings(1, 1), device="cuda"), 0))
+    assert "--device cpu" in refused(lambda: resolve_device(gpu_config(PoolsConfig(1, 1), device="cuda"), 0))
 
 
 def test_cpu_engines_share_the_cores() -> None:
-    assert threads_per_engine(gpu_config(PoolSettings(1, 1)), "cuda") is None
+    assert threads_per_engine(gpu_config(PoolsConfig(1, 1)), "cuda") is None
     cores = len(os.sched_getaffinity(0))
-    assert threads_per_engine(gpu_config(PoolSettings(1, 0, 0)), "cpu") == cores
-    assert threads_per_engine(gpu_config(PoolSettings(500, 500)), "cpu") == 1
+    assert threads_per_engine(gpu_config(PoolsConfig(1, 0, 0)), "cpu") == cores
+    assert threads_per_engine(gpu_config(PoolsConfig(500, 500)), "cpu") == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvbaton.cluster.config.cluster_config import HttpSettings
+from kvbaton.cluster.config.cluster_config import HttpConfig
 from kvbaton.cluster.launch import ray_cluster
 from kvbaton.cluster.launch.ray_cluster import free_ports, make_run_dir, private_environment
 from kvbaton.engine.config import ConfigError
@@ -36,7 +36,7 @@ def test_free_ports_pass_over_taken_ones(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_replaced_haproxy_outlives_the_longest_response(tmp_path: Path) -> None:
     """Guards long streams: each change of the replicas replaces HAProxy, and Serve cuts the old one's after 2 min."""
-    http = HttpSettings(request_timeout_s=5000.5, shutdown_timeout_s=7.0)
+    http = HttpConfig(request_timeout_s=5000.5, shutdown_timeout_s=7.0)
     assert int(private_environment(tmp_path, http)["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) == 5061
 
 
@@ -45,7 +45,7 @@ def test_two_launches_share_nothing(tmp_path: Path) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
-    first, second = (private_environment(folder, HttpSettings()) for folder in folders)
+    first, second = (private_environment(folder, HttpConfig()) for folder in folders)
     for name in first:
         if name.endswith("_PORT") or str(tmp_path) in first[name] or name == "RAY_AUTH_TOKEN":
             assert first[name] != second[name], name
@@ -53,7 +53,7 @@ def test_two_launches_share_nothing(tmp_path: Path) -> None:
 
 
 def test_the_guard_script_is_for_the_owner_only(tmp_path: Path) -> None:
-    environment = private_environment(tmp_path, HttpSettings(port=8123))
+    environment = private_environment(tmp_path, HttpConfig(port=8123))
     script = Path(environment["RAY_SERVE_HAPROXY_BINARY_PATH"])
     assert stat.S_IMODE(script.stat().st_mode) == 0o700
     assert " 8123 " in script.read_text()
@@ -65,7 +65,7 @@ def test_the_run_dir_is_private_and_short_enough_for_sockets(monkeypatch: pytest
     run_dir = make_run_dir()
     try:
         assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
-        environment = private_environment(run_dir, HttpSettings())
+        environment = private_environment(run_dir, HttpConfig())
         folder, name = os.path.split(environment["RAY_SERVE_HAPROXY_SOCKET_PATH"])
         assert len(os.path.join(folder, 56 * "f", name)) <= 97
     finally:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbaton.cluster.config.cluster_config import PoolSettings
+from kvbaton.cluster.config.cluster_config import PoolsConfig
 from kvbaton.cluster.pools.plan import Plan, Slot, Switch, free_ids, plan_pools, wanted_counts
 from kvbaton.router.engine_info import Role
 
@@ -22,27 +22,27 @@ def slots(*roles: Role, not_ready: tuple[int, ...] = ()) -> list[Slot]:
 @pytest.mark.parametrize(
     ("existing", "wanted", "plan"),
     [
-        (slots(), PoolSettings(1, 1), Plan(starts=(P, D))),
-        (slots(P, D), PoolSettings(1, 1), Plan()),
-        (slots(P, P, D), PoolSettings(1, 2), Plan(switches=(Switch("engine-1", D),))),
-        (slots(P, P, D), PoolSettings(1, 3), Plan(switches=(Switch("engine-1", D),), starts=(D,))),
-        (slots(P, P, D), PoolSettings(1, 1), Plan(stops=("engine-1",))),
-        (slots(P, P, P, D), PoolSettings(1, 2), Plan(switches=(Switch("engine-2", D),), stops=("engine-1",))),
-        (slots(P, D), PoolSettings(0, 0, 1), Plan(switches=(Switch("engine-0", H),), stops=("engine-1",))),
+        (slots(), PoolsConfig(1, 1), Plan(starts=(P, D))),
+        (slots(P, D), PoolsConfig(1, 1), Plan()),
+        (slots(P, P, D), PoolsConfig(1, 2), Plan(switches=(Switch("engine-1", D),))),
+        (slots(P, P, D), PoolsConfig(1, 3), Plan(switches=(Switch("engine-1", D),), starts=(D,))),
+        (slots(P, P, D), PoolsConfig(1, 1), Plan(stops=("engine-1",))),
+        (slots(P, P, P, D), PoolsConfig(1, 2), Plan(switches=(Switch("engine-2", D),), stops=("engine-1",))),
+        (slots(P, D), PoolsConfig(0, 0, 1), Plan(switches=(Switch("engine-0", H),), stops=("engine-1",))),
     ],
 )
-def test_plans(existing: list[Slot], wanted: PoolSettings, plan: Plan) -> None:
+def test_plans(existing: list[Slot], wanted: PoolsConfig, plan: Plan) -> None:
     assert plan_pools(existing, wanted) == plan
 
 
 def test_an_engine_that_is_not_up_goes_before_one_that_serves() -> None:
     """Guards against stopping the only live engine of a role while a dead one waits for its restart."""
-    assert plan_pools(slots(P, P, D, not_ready=(0,)), PoolSettings(1, 1)) == Plan(stops=("engine-0",))
+    assert plan_pools(slots(P, P, D, not_ready=(0,)), PoolsConfig(1, 1)) == Plan(stops=("engine-0",))
 
 
 def test_the_newest_engine_goes_by_number_not_by_text() -> None:
     existing = [Slot("engine-9", P, True), Slot("engine-10", P, True)]
-    assert plan_pools(existing, PoolSettings(1, 0)) == Plan(stops=("engine-10",))
+    assert plan_pools(existing, PoolsConfig(1, 0)) == Plan(stops=("engine-10",))
 
 
 def test_free_ids_fill_gaps() -> None:
@@ -51,9 +51,9 @@ def test_free_ids_fill_gaps() -> None:
 
 @given(
     st.lists(st.tuples(st.sampled_from(list(Role)), st.booleans()), max_size=12),
-    st.builds(PoolSettings, st.integers(0, 6), st.integers(0, 6), st.integers(0, 3)),
+    st.builds(PoolsConfig, st.integers(0, 6), st.integers(0, 6), st.integers(0, 3)),
 )
-def test_a_plan_reaches_what_is_wanted(existing: list[tuple[Role, bool]], wanted: PoolSettings) -> None:
+def test_a_plan_reaches_what_is_wanted(existing: list[tuple[Role, bool]], wanted: PoolsConfig) -> None:
     """Guards every mix: applying the plan gives exactly the wanted counts, and it never both starts and stops."""
     before = [Slot(f"engine-{i}", role, ready) for i, (role, ready) in enumerate(existing)]
     plan = plan_pools(before, wanted)

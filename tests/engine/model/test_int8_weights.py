@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvbaton.cluster.config.cluster_config import ClusterConfig, EngineSettings, ModelSettings
+from kvbaton.cluster.config.cluster_config import ClusterConfig, HostingConfig
 from kvbaton.cluster.launch.preflight import check_launch
 from kvbaton.engine.config import CacheConfig, ConfigError, EngineConfig
 from kvbaton.engine.engine import Engine
@@ -139,13 +139,13 @@ def test_experts_are_refused_before_anything_starts(tiny_model: TinyModels) -> N
     message = "quantization int8 is for models without experts; this one is a MixtralForCausalLM"
     with pytest.raises(ConfigError, match=message):
         load_model(folder, CPU, quantization="int8")
-    settings = ClusterConfig(ModelSettings(folder), engine=EngineSettings(device="cpu", quantization="int8"))
+    settings = ClusterConfig(hosting=HostingConfig("cpu"), engine=EngineConfig(folder, quantization="int8"))
     with pytest.raises(ConfigError, match=message):
         check_launch(settings)
 
 
 def test_the_setting_reaches_the_engine() -> None:
-    settings = ClusterConfig(engine=EngineSettings(quantization="int8"))
+    settings = ClusterConfig(engine=EngineConfig(quantization="int8"))
     assert settings.engine_config("cpu", 1).quantization == "int8"
     assert ClusterConfig().engine_config("cpu", 1).quantization == "none"
 
