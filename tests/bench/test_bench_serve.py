@@ -48,6 +48,7 @@ def loaded(path: Path) -> dict[str, Any]:
     return document
 
 
+@pytest.mark.slow
 def test_a_run_writes_table_json_and_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards the whole path once: counts in the JSON, labels in the table, a real PNG."""
     json_path, png_path = tmp_path / "r.json", tmp_path / "r.png"

@@ -187,6 +187,7 @@ def test_figures_of_a_cpu_are_not_asked_for_by_chance(capsys: pytest.CaptureFixt
     assert "add --self-test" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_whole_program_at_tiny_shapes(tmp_path: Path) -> None:
     """Every section runs to its end and is in both files."""
     assert gpu_check.main(["--device", "cpu", "--self-test", "--seed", "5", "--out", str(tmp_path)]) == 0
@@ -216,6 +217,7 @@ def found_of(name: str, part: isolation.Part, device: torch.device = CPU, silenc
     return names
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("name", "end"),
     [
@@ -228,6 +230,7 @@ def test_a_part_that_ends_badly_leaves_what_it_found(name: str, end: str) -> Non
     assert found_of(name, gpu_parts.ends_badly) == ["c0", end]
 
 
+@pytest.mark.process
 def test_a_part_that_hangs_is_ended() -> None:
     """A kernel that never returns must not take the time of all the others."""
     assert found_of("hangs", gpu_parts.ends_badly, silence_s=5.0)[-1] == "nothing came for 5 s"
@@ -236,6 +239,7 @@ def test_a_part_that_hangs_is_ended() -> None:
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.process
 def test_checks_go_on_behind_one_that_breaks_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that ended its process has failed; one whose device is lost is counted once; all others are done."""
     names = [Check(f"c{number}", lambda bench: Outcome(0.0, 0.0)) for number in range(5)]
@@ -254,6 +258,7 @@ def test_checks_go_on_behind_one_that_breaks_the_device(tmp_path: Path, monkeypa
     assert not session.report.problems
 
 
+@pytest.mark.slow
 def test_decode_steps_with_eight_bit_weights() -> None:
     """The option measures another model against another floor: half of the bytes, and the products that read them."""
     options = Options(CPU, 1, tiny=True, quantization="int8", ceilings=Ceilings(1e9, 1e9))

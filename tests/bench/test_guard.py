@@ -36,6 +36,7 @@ def run(monkeypatch: pytest.MonkeyPatch, file: Path, speed: float, *options: str
     return main()
 
 
+@pytest.mark.process
 def test_it_fails_only_when_a_ratio_is_worse_than_the_tolerance(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,6 +56,7 @@ def test_it_fails_only_when_a_ratio_is_worse_than_the_tolerance(
     assert run(monkeypatch, file, 0.6) == 0
 
 
+@pytest.mark.process
 def test_a_benchmark_that_fails_is_not_taken_for_a_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     part = Part("part", (sys.executable, "-c", "raise SystemExit('no')"), lambda result: [])
     monkeypatch.setattr(guard, "PARTS", (part,))

@@ -22,6 +22,7 @@ def exit_status(*arguments: str) -> int:
         return int(end.code or 0)
 
 
+@pytest.mark.process
 def test_version_needs_only_the_standard_library() -> None:
     """Guards start-up time and `kvbaton --version` in an environment where nothing is installed."""
     code = "import sys; from kvbaton.cluster import cli; cli.main(['--version'])"
@@ -39,6 +40,7 @@ def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture
         assert f"  {name} " in output
 
 
+@pytest.mark.process
 def test_ctrl_c_during_the_imports_of_a_command_ends_with_one_line(tmp_path: Path) -> None:
     """Guards against a page of traceback when the user changes their mind in the first second."""
     (tmp_path / "rich").mkdir()
@@ -100,6 +102,7 @@ def test_flags_that_are_not_given_change_nothing() -> None:
     assert serve_command.parse([]) == (None, [])
 
 
+@pytest.mark.process
 def test_env_prints_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status("env") == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if len(line.split()) > 1)

@@ -261,8 +261,8 @@ class PipelinedMachine(HandOffMachine):
 QUICK = settings(max_examples=30, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck))
 for machine in (HandOffMachine, PipelinedMachine):
     machine.TestCase.settings = QUICK
-TestHandOffs = HandOffMachine.TestCase
-TestPipelinedHandOffs = PipelinedMachine.TestCase
+TestHandOffs = pytest.mark.slow(HandOffMachine.TestCase)
+TestPipelinedHandOffs = pytest.mark.slow(PipelinedMachine.TestCase)
 
 
 @pytest.mark.chaos

@@ -34,6 +34,7 @@ def refusal(*arguments: str) -> tuple[int, str]:
     return result.returncode, result.stdout + result.stderr
 
 
+@pytest.mark.process
 def test_a_port_in_use(tiny_model: TinyModel) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -45,6 +46,7 @@ def test_a_port_in_use(tiny_model: TinyModel) -> None:
     assert "Traceback" not in output
 
 
+@pytest.mark.process
 def test_a_missing_model(tmp_path: Path) -> None:
     status, output = refusal("--model", str(tmp_path / "none"), "--port", "0")
     assert status == 1
@@ -52,6 +54,7 @@ def test_a_missing_model(tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
+@pytest.mark.process
 def test_a_redis_that_is_down(tiny_model: TinyModel) -> None:
     arguments = (
         "--model",
@@ -69,6 +72,7 @@ def test_a_redis_that_is_down(tiny_model: TinyModel) -> None:
     assert "Traceback" not in output
 
 
+@pytest.mark.process
 def test_of_two_launches_that_race_for_a_port_one_goes_on(tiny_model: TinyModel) -> None:
     """Guards against a second launch that passes the check, starts everything, and then shares or misses the port."""
     arguments = ("--port", str(free_ports(1)[0]), "--prefill", "0", "--decode", "0", "--hybrid", "1")
@@ -99,6 +103,7 @@ def copy_of(model: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("keep_bytes", [None, 18, 20_000], ids=["missing", "no-header", "cut-short"])
 def test_weights_that_are_not_whole(tiny_model: TinyModel, tmp_path: Path, keep_bytes: int | None) -> None:
     """Guards against half a minute of start-up for a download that was broken off."""

@@ -19,6 +19,8 @@ from kvbaton.engine.tiny import Family
 from support.oracle import FAMILIES, TinyModels, oracle_tokens, prompts
 from support.worker_bench import WorkerBench
 
+pytestmark = pytest.mark.slow
+
 NUM_TOKENS = 64
 
 

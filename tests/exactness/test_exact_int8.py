@@ -21,6 +21,8 @@ from support.local_cluster import EngineOptions, LocalCluster
 from support.oracle import TinyModels, oracle_tokens, prompts
 from support.worker_bench import WorkerBench
 
+pytestmark = pytest.mark.slow
+
 NUM_TOKENS = 64
 FAMILIES = (Family.LLAMA, Family.QWEN2, Family.QWEN3)
 INT8 = EngineOptions(quantization="int8")

@@ -18,6 +18,8 @@ from kvbaton.engine.tiny import Family
 from support.oracle import TinyModels, prompts
 from support.worker_bench import SESSION, WorkerBench
 
+pytestmark = pytest.mark.slow
+
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "sampled": {"seed": 1},

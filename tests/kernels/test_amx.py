@@ -30,6 +30,8 @@ from support.int8_products import Int8Products
 from support.kernel_cases import Shape, expected_attention, expected_rope, make_case
 from support.oracle import TinyModels
 
+pytestmark = pytest.mark.process
+
 ROWS = (1, 2, 15, 16, 17, 31, 32, 33, 40, 64, 65, 97)
 # odd and even, around one and two instructions, around the passes of 512 and 4096 inputs and of 224 rows
 INPUTS = (1, 2, 3, 31, 32, 33, 63, 64, 65, 96, 127, 200)

@@ -17,6 +17,8 @@ from kvbaton.kernels.draw import best_tokens
 from kvbaton.kernels.native_build import NativeUnavailable, built_library
 from kvbaton.kernels.native_lib import native_library
 
+pytestmark = pytest.mark.process
+
 BUILD = (
     "import ctypes, logging; logging.basicConfig(); from kvbaton.kernels.native_build import built_library as b; "
     "ctypes.CDLL(str(b())); print(b())"

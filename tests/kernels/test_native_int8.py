@@ -19,6 +19,8 @@ from kvbaton.kernels.native_build import FLAGS, LIBRARIES, SOURCES
 from kvbaton.kernels.native_lib import load_library, native_library
 from support.int8_products import Int8Products
 
+pytestmark = pytest.mark.process
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BUILDS = {
     "own": (),

@@ -10,6 +10,8 @@ import pytest
 
 from kvbaton.kernels.native_build import SOURCES
 
+pytestmark = pytest.mark.process
+
 STRESS = Path(__file__).with_name("team_stress.c")
 
 

@@ -14,6 +14,8 @@ from kvbaton.engine.config import GPU_BLOCK_SIZE
 from kvbaton.kernels import triton_decode
 from support import triton_aot as aot
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from support.triton_cases import CHECKS
 
 pytest.importorskip("triton", reason="triton is not installed on this platform")
 
+pytestmark = pytest.mark.process
+
 NAMES = [check.name for check in CHECKS if check.interpreter]
 
 

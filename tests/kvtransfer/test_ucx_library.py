@@ -48,6 +48,7 @@ def test_a_loopback_engine_keeps_ucx_on_loopback(host: str, loopback: bool) -> N
     assert ucx_config(host, on_gpu=False, overrides={}).get("NET_DEVICES") == ("lo" if loopback else None)
 
 
+@pytest.mark.process
 def test_without_ucxx_the_transport_refuses_and_names_the_package() -> None:
     """And the rest of kvtransfer imports without it."""
     code = """

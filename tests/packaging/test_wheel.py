@@ -17,6 +17,8 @@ import pytest
 
 import kvbaton
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMPONENTS = ("cluster", "decode_worker", "engine", "kernels", "kvtransfer", "prefill_worker", "router")
 DATA_SUFFIXES = (".py", ".json", ".c", ".h", ".yaml")

@@ -17,6 +17,8 @@ import pytest
 from kvbaton.cluster.launch import haproxy_guard
 from kvbaton.cluster.launch.haproxy_guard import bind_to_loopback, without_spliced_requests
 
+pytestmark = pytest.mark.process
+
 CONFIG = """
 defaults
     option splice-request

@@ -30,6 +30,7 @@ def test_the_second_is_told_who_has_it_and_what_else_there_is() -> None:
     other.close()
 
 
+@pytest.mark.process
 def test_a_killed_launch_lets_go() -> None:
     """Guards against a port that stays claimed after a crash."""
     program = (

@@ -144,6 +144,7 @@ def test_checksums_of_blocks_in_gpu_memory_are_refused_before_anything_starts() 
     check_checksum(TransferSettings(), "cuda")
 
 
+@pytest.mark.redis
 def test_joining_a_ray_cluster_needs_a_redis_that_others_can_reach(tiny_model: TinyModel) -> None:
     engine = EngineConfig(tiny_model("llama"))
     joined = RayConfig(address="10.0.0.1:6379")

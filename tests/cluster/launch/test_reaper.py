@@ -53,6 +53,7 @@ def bystanders() -> Iterator[Bystanders]:
     bystanders.close()
 
 
+@pytest.mark.process
 def test_the_marker_and_open_files_tell_and_nothing_else_does(bystanders: Bystanders, tmp_path: Path) -> None:
     """Guards other people's processes: a marker that only begins alike, a folder that only begins alike."""
     holds = "f = open({path!r}, 'w'); " + SLEEP
@@ -65,6 +66,7 @@ def test_the_marker_and_open_files_tell_and_nothing_else_does(bystanders: Bystan
     assert sorted(processes_of(MARKER, str(tmp_path / "run"))) == sorted([marked, logging])
 
 
+@pytest.mark.process
 def test_reaping_kills_those_and_only_those(bystanders: Bystanders, tmp_path: Path) -> None:
     marked, other = bystanders.start(**{MARKER_VARIABLE: MARKER}), bystanders.start()
     reap(MARKER, str(tmp_path / "run"))
@@ -72,6 +74,7 @@ def test_reaping_kills_those_and_only_those(bystanders: Bystanders, tmp_path: Pa
     assert bystanders.alive(other)
 
 
+@pytest.mark.process
 def test_leaving_the_block_ends_everything_and_the_folder(bystanders: Bystanders, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
@@ -84,6 +87,7 @@ def test_leaving_the_block_ends_everything_and_the_folder(bystanders: Bystanders
     assert not folder.exists()
 
 
+@pytest.mark.process
 def test_a_killed_owner_counts_as_leaving(bystanders: Bystanders, tmp_path: Path) -> None:
     """Guards `kill -9` of the launcher: the pipe closes with the process."""
     folder = tmp_path / "run"

@@ -310,6 +310,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from([decode_step, decode_submit, decode_abort]), st.lists(values, max_size=4))
 def test_well_formed_msgpack_of_the_wrong_shape_is_refused(decode: object, fields: list[object]) -> None:

@@ -18,6 +18,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from kvbaton.engine.block_hash import block_hashes
 from kvbaton.engine.kv.kv_manager import BlockCounts, CacheEventKind, KVManager, OutOfBlocks
 
+pytestmark = pytest.mark.slow
+
 T = TypeVar("T")
 
 BLOCK = 2

@@ -87,6 +87,7 @@ def test_decode_rows_and_chunks_in_one_batch_equal_transformers(tiny_model: Tiny
         torch.testing.assert_close(logits, oracle_logits(folder, text)[start:], atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_equal_transformers(tiny_model: TinyModels, oracle_tokens: OracleTokens, family: str) -> None:
     """Guards generation as a whole, and the recorded seeds: output must be varied, with clear winners."""

@@ -25,6 +25,7 @@ def test_known_seeds_are_taken_at_once(tiny_model: TinyModels, tmp_path: Path, f
         assert (tmp_path / name).read_bytes() == (first / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_the_command_makes_a_model_of_the_wanted_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = "--family mixtral --layers 3 --hidden 96 --kv-heads 4 --vocab 600 --dtype bfloat16"
     assert main([str(tmp_path / "out"), *options.split()]) == 0
@@ -43,6 +44,7 @@ def test_sizes_that_cannot_work_end_the_command(tmp_path: Path, capsys: pytest.C
     assert "head_dim 15 is odd" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_behave_is_not_written(tmp_path: Path) -> None:
     """Guards tests that rely on clear winners: a model too small to be varied is refused, not saved."""
     with pytest.raises(NoGoodSeed, match=r"none of the seeds 5\.\.44"):

@@ -228,6 +228,7 @@ print(len(Tokenizer.load(Path(sys.argv[1])).encode("the sea")), calls)
 """
 
 
+@pytest.mark.process
 def test_loading_asks_no_network(tiny_model: TinyModels) -> None:
     """Guards machines without internet: transformers looks some model types up on the hub when it may."""
     environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
@@ -237,6 +238,7 @@ def test_loading_asks_no_network(tiny_model: TinyModels) -> None:
     assert done.stdout.split(maxsplit=1) == [str(length), "[]\n"]
 
 
+@pytest.mark.process
 def test_importing_the_module_is_free_of_torch_and_transformers() -> None:
     """Guards the router's and the ingress's start-up."""
     seen = "[m for m in ('torch', 'transformers') if m in sys.modules]"
