@@ -1,15 +1,19 @@
 # Commands of the repository. Nothing but Python 3.11+ and a C compiler has to be there: everything else goes into .venv.
 #
 #   make serve        install, make a tiny model, start 1 prefill + 1 decode engine, endpoint on http://127.0.0.1:8000
-#   make test         install what the tests need and run all of them
+#   make test         install what the tests need and run all of them, in two workers
+#   make test-fast    only the tests that start no process and take little time, for the inner loop
 #   make lint         ruff and mypy only
 #   make chaos        every state x every fault, then MINUTES=10 of streams while engines are killed, frozen and cut off
 #   make guard        compare the benchmarks' ratios with the accepted ones; minutes, on a quiet machine
 #   make gpu-check    check every kernel on this machine's GPU and time its steps against the hardware's floor
+#   make venv         only install, with what the tests need
 #   make clean        remove .venv, caches and the tiny model
+#   make help         this list
 #
 # Knobs of serve:  MODEL=folder  PREFILL=2  DECODE=1  HYBRID=0  PORT=8001  DEVICE=cpu  DTYPE=float32  ARGS="..."
-# Knobs of both:   PYTHON=python3.12  TORCH=torch==2.13.0  VENV_ARGS=--system-site-packages
+# Knobs of tests:  PYTEST_ARGS="-k handoff -x", -n0 among them for one process (a debugger needs it), -n4 for four
+# Knobs of all:    PYTHON=python3.12  TORCH=torch==2.13.0  VENV_ARGS=--system-site-packages
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -31,6 +35,7 @@ MINUTES ?= 10
 VENV_ARGS ?=
 
 STARTED_S := $(shell date +%s)
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -41,17 +46,20 @@ TORCH ?= $(if $(and $(filter-out cpu,$(DEVICE)),$(shell command -v nvidia-smi)),
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
 
-.PHONY: help serve test chaos lint guard gpu-check clean venv
+.PHONY: help serve test test-fast chaos lint guard gpu-check clean venv
 
 help:
-	@sed -n '3,11s/^# \{0,1\}//p' Makefile
+	@sed -n '3,/^#$$/s/^# \{0,1\}//p' Makefile
 
 serve: $(VENV)/.installed $(if $(filter models/tiny,$(MODEL)),models/tiny/config.json)
 	@exec $(BIN)/kvbaton serve --model '$(MODEL)' --prefill $(PREFILL) --decode $(DECODE) --hybrid $(HYBRID) \
 		--port $(PORT) --device $(DEVICE) --dtype $(DTYPE) $(ARGS)
 
 test: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(WORKERS) --durations 20 $(PYTEST_ARGS)
+
+test-fast: $(VENV)/.installed-test
+	@$(BIN)/python -m pytest $(WORKERS) --fast $(PYTEST_ARGS)
 
 chaos: $(VENV)/.installed-test
 	@KVBATON_FAULT_MATRIX=docs/results/fault_matrix.md $(BIN)/python -m pytest -m 'chaos or not chaos' tests/faults
