@@ -58,16 +58,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Session:
-    """The report, the time that is left, and how a part runs: in a process of its own where a device may be lost."""
+    """The report, the time that is left, and how a part runs: `isolated` in its own process, where a device may be
+    lost.
+    """
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+    def __init__(self, args: argparse.Namespace, device: torch.device, isolated: bool) -> None:
         self.args = args
         self._deadline = time.monotonic() + args.budget_s
         seed = time.time_ns() % (1 << 31) if args.seed is None else args.seed
         command = shlex.join([Path(sys.executable).name, *sys.argv])
         self.report = Report(command, machine(device), seed)
         self._options = Options(device, seed, args.self_test, args.quick, args.kv_dtype, args.quantization)
-        self._isolated = device.type == "cuda"
+        self._isolated = isolated
 
     def part(self, name: str) -> None:
         """Run it if there is time. What it found is kept whatever becomes of it, and the next part still runs."""
@@ -154,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
-    session = Session(args, device)
+    session = Session(args, device, isolated=device.type == "cuda")
     for name in part_names(args):
         session.part(name)
     session.report.finished = True

@@ -30,7 +30,7 @@ class HandClock:
         return self.now
 
     async def write_at(self, moment_s: float, write: Callable[[], None]) -> None:
-        """Migrate time, write, and wait until the client has taken the time of what was written."""
+        """Move time, write, and wait until the client has taken the time of what was written."""
         self.now = moment_s
         self._read.clear()
         write()

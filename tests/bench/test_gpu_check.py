@@ -246,9 +246,7 @@ def test_checks_go_on_behind_one_that_breaks_the_device(tmp_path: Path, monkeypa
     monkeypatch.setattr(gpu_check, "all_checks", lambda tiny: names)
     monkeypatch.setattr(gpu_check, "isolated", partial(isolation.isolated, part=gpu_parts.checks_with_faults))
     args = gpu_check.parse(["--device", "cpu", "--self-test", "--out", str(tmp_path)])
-    session = gpu_check.Session(args, CPU)
-    session._isolated = True
-    session._options = replace(session._options, device=gpu_parts.LOST)
+    session = gpu_check.Session(args, gpu_parts.LOST, isolated=True)
     session.part(parts.CHECKS)
     rows = json.loads((tmp_path / "gpu_check.json").read_text())["checks"]
     assert [(row["name"], row["passed"]) for row in rows] == [

@@ -15,7 +15,16 @@ from kvbaton.cluster.http.app import create_app
 from kvbaton.engine.request import FinishReason, InvalidRequest, Request
 from kvbaton.engine.text.tiny_tokenizer import VOCAB_SIZE
 from kvbaton.engine.text.tokenizer import Tokenizer
-from support.http_support import MAX_MODEL_LEN, ScriptedClient, http_client, make_service, outputs, say
+from support.http_support import (
+    MAX_MODEL_LEN,
+    MODEL_ID,
+    ScriptedClient,
+    http_client,
+    make_service,
+    outputs,
+    say,
+    sse_events,
+)
 from support.openai_schema import OpenAISchema
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -350,14 +359,31 @@ _GOOD = {"messages": HI, "prompt": "Hi", "tokens": [1]}
     wild=st.dictionaries(st.sampled_from(_FIELDS), _JSON, max_size=3),
 )
 async def test_no_body_makes_the_service_stumble(tokenizer: Tokenizer, path: str, wild: dict[str, object]) -> None:
-    """Any JSON at all in any field: an answer or a 4xx with the four fields, never a 500."""
+    """Any JSON at all in any field: a whole answer, or a refusal before any engine hears of it; never a 500."""
     client = ScriptedClient(say(tokenizer, "ok"))
+    body = {**_GOOD, **wild}
     async with http_client(create_app(make_service(client, tokenizer))) as http:
-        response = await http.post(path, content=json.dumps({**_GOOD, **wild}).encode())
+        response = await http.post(path, content=json.dumps(body).encode())
     if response.status_code != 200:
-        assert response.status_code in (400, 404)
-        error_of(response, response.status_code)
-    assert client.running == set()
+        wrong_model = body.get("model") not in (None, MODEL_ID)
+        assert error_of(response, 404 if response.status_code == 404 and wrong_model else 400)
+        assert client.requests == []
+    elif path not in (CHAT, TEXT):
+        assert ("tokens" if path == "/tokenize" else "prompt") in response.json()
+    elif body.get("stream"):
+        assert all(event["choices"] for event in sse_events(response.text))
+    else:
+        assert all(choice["finish_reason"] for choice in response.json()["choices"])
+    assert len(client.closed) == len(client.requests)
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT, "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("value", [3, True, ["a"], {"a": 1}])
+async def test_a_field_of_the_wrong_type_is_refused_whatever_the_route(
+    tokenizer: Tokenizer, path: str, value: object
+) -> None:
+    """The routes share few fields: the model's name is one that each of them must read as text."""
+    assert (await refuse(tokenizer, path, {**_GOOD, "model": value}))["param"] == "model"
 
 
 @pytest.mark.shared
