@@ -18,12 +18,11 @@ from kvbaton.cluster.config.cluster_config import HttpConfig
 from kvbaton.cluster.http.metrics import HttpMetrics
 from kvbaton.cluster.http.service import ModelCard, SamplingDefaults, Service
 from kvbaton.cluster.ingress.engine_metrics import EngineMetrics
-from kvbaton.cluster.launch.launch_types import StoreAddress
 from kvbaton.cluster.store.cancel_feed import CancelFeed
 from kvbaton.cluster.store.prefix_feed import PrefixFollower
 from kvbaton.cluster.store.redis_store import RedisStore
 from kvbaton.cluster.store.registry import Membership
-from kvbaton.cluster.store.store import Store
+from kvbaton.cluster.store.store import Store, StoreAddress
 from kvbaton.engine.model.hf_config import load_model_config
 from kvbaton.engine.model.json_fields import JsonFields
 from kvbaton.engine.text.tokenizer import Tokenizer

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING
 from kvbaton.cluster.config.cluster_config import ClusterConfig
 from kvbaton.cluster.launch import ray_cluster
 from kvbaton.cluster.launch.devices import count_cores
-from kvbaton.cluster.launch.launch_types import Launch, LaunchFailed, StoreAddress
+from kvbaton.cluster.launch.launch_types import Launch, LaunchFailed
 from kvbaton.cluster.launch.port_claim import PortClaim
 from kvbaton.cluster.launch.preflight import Preflight, check_launch
 from kvbaton.cluster.launch.reaper import MARKER_VARIABLE, Reaper
 from kvbaton.cluster.launch.screen import Screen, Step
 from kvbaton.cluster.launch.stop_signals import StopSignals
+from kvbaton.cluster.store.store import StoreAddress
 from kvbaton.cluster.store.valkey import EmbeddedValkey
 from kvbaton.engine.config import ConfigError
 from kvbaton.router.engine_info import EngineInfo, EngineState

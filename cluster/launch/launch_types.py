@@ -7,18 +7,11 @@ from pathlib import Path
 
 from kvbaton.cluster.config.cluster_config import ClusterConfig
 from kvbaton.cluster.launch.preflight import Preflight
+from kvbaton.cluster.store.store import StoreAddress
 
 
 class LaunchFailed(Exception):
     """A part of the cluster did not start; the message is fit for an operator."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoreAddress:
-    """Where the shared state is; the URL may hold a password."""
-
-    url: str = field(repr=False)
-    namespace: str
 
 
 @dataclass(frozen=True, slots=True)

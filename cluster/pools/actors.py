@@ -19,13 +19,12 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from kvbaton.cluster.host.engine_host import EngineHost, EngineHostSettings, EngineStats
-from kvbaton.cluster.launch.launch_types import StoreAddress
-from kvbaton.cluster.pools.heartbeat_watch import HeartbeatWatch
 from kvbaton.cluster.pools.manager import PoolManager, PoolView
 from kvbaton.cluster.pools.state import StorePoolState
 from kvbaton.cluster.pools.supervisor import Backoff, EngineFailed, EngineSpec
 from kvbaton.cluster.store.redis_store import RedisStore
 from kvbaton.cluster.store.registry import Membership
+from kvbaton.cluster.store.store import StoreAddress
 from kvbaton.engine.kv.block_owners import BlockAudit
 from kvbaton.router.engine_info import EngineInfo, Role
 
@@ -147,7 +146,7 @@ class ManagerActor:
             store = await RedisStore.open(self._settings.store.url, self._settings.store.namespace)
             membership = Membership(store)
             await membership.start()
-            factory = RayEngineFactory(self._settings, HeartbeatWatch(membership))
+            factory = RayEngineFactory(self._settings, membership)
             self._manager = PoolManager(factory, StorePoolState(store), WallClock(), self._settings.backoff)
             self._manager.start()
         return self._manager.view()
@@ -178,10 +177,10 @@ class WallClock:
 class RayEngine:
     """`keeper.RunningEngine`: an engine actor that is up."""
 
-    def __init__(self, actor: Any, info: EngineInfo, watch: HeartbeatWatch) -> None:
+    def __init__(self, actor: Any, info: EngineInfo, membership: Membership) -> None:
         self._actor = actor
         self._info = info
-        self._watch = watch
+        self._membership = membership
 
     @property
     def info(self) -> EngineInfo:
@@ -194,9 +193,10 @@ class RayEngine:
             raise EngineFailed(reason_of(error)) from error
 
     async def died(self) -> str:
-        """Of its process, as Ray sees it; of a failure inside that it reports itself; or of silence."""
+        """Of its process, as Ray sees it; of a failure inside that it reports itself; or of silence: one that hangs is
+        alive to Ray."""
         running = asyncio.ensure_future(self._run())
-        silent = asyncio.ensure_future(self._watch.silent(self._info.engine_id, self._info.generation))
+        silent = asyncio.ensure_future(self._membership.left(self._info.engine_id, self._info.generation))
         try:
             await asyncio.wait((running, silent), return_when=asyncio.FIRST_COMPLETED)
             if running.done():
@@ -222,9 +222,9 @@ class RayEngine:
 class RayEngineFactory:
     """`keeper.EngineFactory`: one detached actor an engine, so that engines survive their manager."""
 
-    def __init__(self, settings: ManagerSettings, watch: HeartbeatWatch) -> None:
+    def __init__(self, settings: ManagerSettings, membership: Membership) -> None:
         self._settings = settings
-        self._watch = watch
+        self._membership = membership
 
     async def start(self, spec: EngineSpec) -> RayEngine:
         actor = self._create(spec)
@@ -236,7 +236,7 @@ class RayEngineFactory:
         except asyncio.CancelledError:
             ray.kill(actor)
             raise
-        return RayEngine(actor, info, self._watch)
+        return RayEngine(actor, info, self._membership)
 
     async def existing(self) -> list[RayEngine]:
         """Engines that are up; one that a dead manager left half started is killed."""
@@ -253,7 +253,7 @@ class RayEngineFactory:
             if info is None:
                 ray.kill(actor)
             else:
-                found.append(RayEngine(actor, info, self._watch))
+                found.append(RayEngine(actor, info, self._membership))
         return found
 
     def _create(self, spec: EngineSpec) -> Any:

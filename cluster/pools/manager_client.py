@@ -13,7 +13,7 @@ from ray.exceptions import ActorDiedError, RayActorError
 
 from kvbaton.cluster.config.cluster_config import PoolsConfig
 from kvbaton.cluster.host.engine_host import EngineStats
-from kvbaton.cluster.launch.launch_types import LaunchFailed, StoreAddress
+from kvbaton.cluster.launch.launch_types import LaunchFailed
 from kvbaton.cluster.pools.actors import (
     ENGINE_PREFIX,
     MANAGER_NAME,
@@ -24,6 +24,7 @@ from kvbaton.cluster.pools.actors import (
 from kvbaton.cluster.pools.manager import PoolView
 from kvbaton.cluster.pools.state import write_desired
 from kvbaton.cluster.store.redis_store import RedisStore
+from kvbaton.cluster.store.store import StoreAddress
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from kvbaton.cluster.store.registry import end_task
-from kvbaton.cluster.store.store import Cursor, Store, StoreUnavailable
+from kvbaton.cluster.store.store import Cursor, Store, StoreUnavailable, end_task
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +30,7 @@ class CancelFeed:
         self._task = asyncio.create_task(self._follow(), name="cancelled-calls")
 
     async def close(self) -> None:
-        if self._task is not None:
-            await end_task(self._task)
+        await end_task(self._task)
 
     async def tell(self, call_id: str) -> bool:
         """False where the store does not take it."""

@@ -24,7 +24,7 @@ from typing import Any
 import msgpack
 
 from kvbaton.cluster.session.fields import WireError, natural, sized
-from kvbaton.cluster.store.store import Cursor, Store, StoreUnavailable
+from kvbaton.cluster.store.store import Cursor, Store, StoreUnavailable, end_task
 from kvbaton.engine.block_hash import HASH_BYTES, BlockHash
 from kvbaton.engine.kv.kv_manager import CacheEvent, CacheEventKind, CacheSnapshot
 from kvbaton.router.engine_info import EngineInfo
@@ -123,9 +123,7 @@ class PrefixPublisher:
 
     async def stop(self) -> None:
         """Stop and remove what was published."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        await end_task(self._task)
         try:
             await self._store.delete(self._stream)
             await self._store.delete(self._key)
@@ -207,9 +205,7 @@ class PrefixFollower:
         self._task = asyncio.create_task(self._run(), name="prefix-follower")
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        await end_task(self._task)
 
     def follow(self, engines: tuple[EngineInfo, ...]) -> None:
         """The present members; a listener for `Membership.subscribe`."""
@@ -228,9 +224,13 @@ class PrefixFollower:
             try:
                 await self.turn(wait_s=RETRY_S)
             except StoreUnavailable:
-                for item in self._followed.values():
-                    item.known = None  # it may come back with older data, or none
+                self.begin_again()
                 await asyncio.sleep(RETRY_S)
+
+    def begin_again(self) -> None:
+        """Read every engine from its snapshot on, after an outage: the store may come back with older data, or none."""
+        for item in self._followed.values():
+            item.known = None
 
     async def turn(self, wait_s: float) -> None:
         """Read once and bring the index up to date. Raises `StoreUnavailable`."""

@@ -24,7 +24,7 @@ from typing import Any
 import msgpack
 
 from kvbaton.cluster.session.fields import WireError, natural, sized
-from kvbaton.cluster.store.store import Cursor, Entry, Store, StoreUnavailable
+from kvbaton.cluster.store.store import Cursor, Entry, Store, StoreUnavailable, end_task
 from kvbaton.router.engine_info import EngineInfo, EngineState, Role
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ TTL_S = 3.0
 POLL_S = 0.5
 LOOK_S = 1.0
 MAX_BACKOFF_S = 5.0
-_CANCEL_AGAIN_S = 0.2
 ENGINES = "engines/"
 CHANGES = "engine-changes"  # stream: an event for each change but beats, so that watchers look at once
 _MAX_CHANGES = 64
@@ -103,8 +102,7 @@ class Registration:
 
     async def stop(self) -> None:
         """Leave the list at once."""
-        if self._task is not None:
-            await end_task(self._task)
+        await end_task(self._task)
         self.info = dataclasses.replace(self.info, state=EngineState.DEAD)
         await self._try(self._write(announce=True))
 
@@ -130,13 +128,6 @@ class Registration:
         await self._store.put(key, encode_entry(self.info, self._beat), self._ttl_s)
         if announce:
             await self._store.append(CHANGES, self.info.engine_id.encode(), _MAX_CHANGES)
-
-
-async def end_task(task: asyncio.Task[None]) -> None:
-    """Cancel until it is done: a client library in between may swallow a cancellation that meets a reply."""
-    while not task.done():
-        task.cancel()
-        await asyncio.wait([task], timeout=_CANCEL_AGAIN_S)
 
 
 class Outage:
@@ -184,6 +175,7 @@ class Membership:
         self._task: asyncio.Task[None] | None = None
         self._outage = Outage("membership")
         self._looked_at = clock()
+        self._changed = asyncio.Event()
 
     @property
     def store_error(self) -> str | None:
@@ -195,14 +187,19 @@ class Membership:
         self._listeners.append(listener)
         listener(self.engines)
 
+    async def left(self, engine_id: str, generation: int) -> None:
+        """Returns when this incarnation, once listed, is listed no more: it said so, was replaced, or fell silent."""
+        for listed in (True, False):
+            while any((i.engine_id, i.generation) == (engine_id, generation) for i in self.engines) is not listed:
+                await self._changed.wait()
+
     async def start(self) -> None:
         """Read the list and watch it from then on. Raises `StoreUnavailable`."""
         await self.look()
         self._task = asyncio.create_task(self._watch(), name="membership")
 
     async def close(self) -> None:
-        if self._task is not None:
-            await end_task(self._task)
+        await end_task(self._task)
 
     async def look(self) -> None:
         """Read the entries once and tell the listeners what changed. Raises `StoreUnavailable`."""
@@ -260,5 +257,7 @@ class Membership:
         if engines == self.engines:
             return
         self.engines = engines
+        self._changed.set()
+        self._changed = asyncio.Event()
         for listener in self._listeners:
             listener(engines)

@@ -16,6 +16,7 @@ from typing import Protocol
 from urllib.parse import urlsplit, urlunsplit
 
 MAX_WAIT_S = 2.0  # one blocking read; longer waits are the caller's loop
+_CANCEL_AGAIN_S = 0.2
 
 
 class StoreUnavailable(ConnectionError):
@@ -24,6 +25,14 @@ class StoreUnavailable(ConnectionError):
 
 class StreamReset(StoreUnavailable):
     """A stream ends before a reader's cursor: the store was emptied, or another took its place. Read from 0 again."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreAddress:
+    """Where the store of a cluster is; the URL may hold a password."""
+
+    url: str = field(repr=False)
+    namespace: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +95,14 @@ def check_cursors(cursors: Sequence[Cursor], last: Sequence[int]) -> None:
     lost = [cursor.stream for cursor, number in zip(cursors, last, strict=True) if number < cursor.after]
     if lost:
         raise StreamReset(f"the store has lost {', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''}")
+
+
+async def end_task(task: asyncio.Task[None] | None) -> None:
+    """End a task that talks to the store. Cancels until it is done: a client library in between may swallow a
+    cancellation that arrives together with a reply. Without a task there is nothing to end."""
+    while task is not None and not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=_CANCEL_AGAIN_S)
 
 
 def redacted(url: str) -> str:

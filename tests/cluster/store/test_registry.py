@@ -18,6 +18,7 @@ from kvbaton.cluster.store.store import MemoryStore, StoreUnavailable
 from kvbaton.cluster.store.valkey import EmbeddedValkey
 from kvbaton.router.engine_info import EngineInfo, EngineState, Role
 from support.client_support import eventually
+from support.pool_support import settle
 from support.session_support import make_info
 
 
@@ -129,6 +130,49 @@ async def test_engine_without_a_beat_is_forgotten_after_the_life_span() -> None:
     await put(store, info, 3)  # it was only frozen
     await membership.look()
     assert membership.engines == (info,)
+
+
+async def silence(membership: Membership, clock: Clock) -> None:
+    """More than a life span of 3 s, looked at as often as a watcher does."""
+    for _ in range(10):
+        clock.now += 0.5
+        await membership.look()
+        await settle()
+
+
+async def test_silence_of_one_is_noticed_while_the_other_beats() -> None:
+    """Guards the manager, which replaces an engine that hangs: alive to Ray, silent to the registry."""
+    clock, store = Clock(), MemoryStore()
+    membership = Membership(store, clock, ttl_s=3.0)
+    await put(store, make_info("a"), 1)
+    await put(store, make_info("b"), 1)
+    await membership.look()
+    a, b = (asyncio.create_task(membership.left(name, 1)) for name in "ab")
+    await settle()
+    for beat in range(2, 6):
+        clock.now += 1.0
+        await put(store, make_info("b"), beat)
+        await membership.look()
+    await settle()
+    assert (a.done(), b.done()) == (True, False)
+    b.cancel()
+
+
+async def test_an_engine_not_heard_yet_has_not_left() -> None:
+    """Guards a start-up: the manager knows of an engine before its first beat is read."""
+    clock, store = Clock(), MemoryStore()
+    membership = Membership(store, clock, ttl_s=3.0)
+    waiting = asyncio.create_task(membership.left("a", 2))
+    await put(store, make_info("a"), 1)
+    await membership.look()
+    await silence(membership, clock)
+    assert not waiting.done()
+    await put(store, make_info("a", generation=2), 2)
+    await membership.look()
+    await settle()
+    assert not waiting.done()
+    await silence(membership, clock)
+    assert waiting.done()
 
 
 async def test_emptied_store_does_not_empty_the_list_at_once() -> None:
