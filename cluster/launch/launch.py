@@ -27,13 +27,13 @@ from kvbaton.cluster.launch.preflight import Preflight, check_launch
 from kvbaton.cluster.launch.reaper import MARKER_VARIABLE, Reaper
 from kvbaton.cluster.launch.screen import Screen, Step
 from kvbaton.cluster.launch.stop_signals import StopSignals
+from kvbaton.cluster.pools.manager import ManagerLost, PoolView
 from kvbaton.cluster.store.store import StoreAddress
 from kvbaton.cluster.store.valkey import EmbeddedValkey
 from kvbaton.engine.config import ConfigError
-from kvbaton.router.engine_info import EngineInfo, EngineState
+from kvbaton.router.engine_info import EngineInfo
 
 if TYPE_CHECKING:
-    from kvbaton.cluster.pools.manager import PoolView
     from kvbaton.cluster.pools.manager_client import ManagerClient
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def serve(config: ClusterConfig, screen: Screen, signals: StopSignals) -> int:
             _watch(cluster, screen)
         except KeyboardInterrupt:
             screen.line(_farewell(config))
-        except (LaunchFailed, ConfigError) as error:
+        except (LaunchFailed, ManagerLost, ConfigError) as error:
             screen.error(str(error))
             return 1
         finally:
@@ -165,9 +165,9 @@ def _settled(views: Iterator[PoolView], step: Step) -> PoolView:
     """The first view in which every engine is up. Raises `LaunchFailed` when one does not start."""
     for view in views:
         for engine in view.engines:
-            if engine.failures:
+            if engine.failures > 0:
                 raise LaunchFailed(f"{engine.engine_id} ({engine.role}) did not start: {engine.reason}")
-        ready = sum(engine.state is EngineState.READY for engine in view.engines)
+        ready = sum(engine.ready for engine in view.engines)
         step.note(f"{ready} of {view.desired.total if view.desired else '?'} ready")
         if view.settled:
             return view

@@ -165,7 +165,7 @@ class ManagerActor:
 
 
 class WallClock:
-    """`keeper.Clock` by the machine's clock."""
+    """`supervisor.Clock` by the machine's clock."""
 
     def now(self) -> float:
         return time.monotonic()
@@ -175,7 +175,7 @@ class WallClock:
 
 
 class RayEngine:
-    """`keeper.RunningEngine`: an engine actor that is up."""
+    """`supervisor.RunningEngine`: an engine actor that is up."""
 
     def __init__(self, actor: Any, info: EngineInfo, membership: Membership) -> None:
         self._actor = actor
@@ -220,7 +220,7 @@ class RayEngine:
 
 
 class RayEngineFactory:
-    """`keeper.EngineFactory`: one detached actor an engine, so that engines survive their manager."""
+    """`supervisor.EngineFactory`: one detached actor an engine, so that engines survive their manager."""
 
     def __init__(self, settings: ManagerSettings, membership: Membership) -> None:
         self._settings = settings

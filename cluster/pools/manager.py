@@ -1,7 +1,7 @@
 """`PoolManager`: makes the engines that exist equal to the pools that are wanted. Plain asyncio, no Ray.
 
     desired pools (store) ──> plan ──> switch roles, start, stop
-    engines ──die──> their keeper replaces them under a new generation, on its own
+    engines ──die──> their supervisor replaces them under a new generation, by itself
 
 It is never on the request path: ingresses find engines in the registry, and go on without a manager.
 """
@@ -15,35 +15,32 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvbaton.cluster.config.cluster_config import PoolsConfig
-from kvbaton.cluster.pools.plan import Plan, Slot, free_ids, plan_pools
+from kvbaton.cluster.pools.plan import PoolPlan, free_ids, plan_pools
 from kvbaton.cluster.pools.supervisor import (
     Backoff,
     Clock,
     EngineFactory,
-    EngineFailed,
-    EngineKeeper,
-    EngineView,
-    KeeperTools,
+    EngineStatus,
+    EngineSupervisor,
+    Generations,
+    Restarts,
+    RunningEngine,
 )
-from kvbaton.router.engine_info import EngineState, Role
+from kvbaton.router.engine_info import Role
 
 log = logging.getLogger(__name__)
 
 
-class PoolState(Protocol):
-    """The part of the shared state that a manager needs; survives the manager."""
+class ManagerLost(RuntimeError):
+    """The manager is dead, and Ray does not start it again; the message is fit for an operator."""
 
-    async def next_generation(self, engine_id: str) -> int:
-        """A number higher than any given out for this id before. Raises `StateUnavailable`."""
-        ...
+
+class PoolState(Generations, Protocol):
+    """The part of the shared state that a manager needs; survives the manager."""
 
     def desired(self) -> AsyncIterator[PoolsConfig]:
         """The wanted pools: what is set now, then each change. Waits while the store is away."""
         ...
-
-
-class StateUnavailable(EngineFailed):
-    """The shared state cannot be reached; what depends on it is tried again later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +48,26 @@ class PoolView:
     """All engines at one moment. `version` grows with each change."""
 
     version: int
-    engines: tuple[EngineView, ...]
+    engines: tuple[EngineStatus, ...]
     desired: PoolsConfig | None
 
     @property
     def settled(self) -> bool:
-        """Every wanted engine is up in its role, and no other."""
-        if self.desired is None or any(engine.state is not EngineState.READY for engine in self.engines):
+        """Every wanted engine is up in its role, and there is no other."""
+        if self.desired is None or not all(engine.ready for engine in self.engines):
             return False
-        return plan_pools([Slot(e.engine_id, e.role, True) for e in self.engines], self.desired) == Plan()
+        return plan_pools(self.engines, self.desired) == PoolPlan()
 
 
 class PoolManager:
-    """Owns one `EngineKeeper` per engine id. `run` until `stop`."""
+    """Owns one `EngineSupervisor` per engine id, from `start` to `stop`."""
 
     def __init__(self, factory: EngineFactory, state: PoolState, clock: Clock, backoff: Backoff | None = None) -> None:
+        self._factory = factory
         self._state = state
-        self._tools = KeeperTools(factory, state.next_generation, clock, backoff or Backoff(), self._on_change)
-        self._keepers: dict[str, EngineKeeper] = {}
+        self._clock = clock
+        self._backoff = backoff or Backoff()
+        self._supervisors: dict[str, EngineSupervisor] = {}
         self._desired: PoolsConfig | None = None
         self._version = 0
         self._changed = asyncio.Event()
@@ -83,12 +82,12 @@ class PoolManager:
         if self._run_task is not None:
             self._run_task.cancel()
             await asyncio.gather(self._run_task, return_exceptions=True)
-        keepers, self._keepers = list(self._keepers.values()), {}
-        await asyncio.gather(*(keeper.stop() for keeper in keepers))
+        supervisors, self._supervisors = list(self._supervisors.values()), {}
+        await asyncio.gather(*(supervisor.stop() for supervisor in supervisors))
         self._on_change()
 
     def view(self) -> PoolView:
-        engines = tuple(keeper.view() for _, keeper in sorted(self._keepers.items()))
+        engines = tuple(supervisor.status for _, supervisor in sorted(self._supervisors.items()))
         return PoolView(self._version, engines, self._desired)
 
     async def changed(self, after: int) -> PoolView:
@@ -98,35 +97,29 @@ class PoolManager:
         return self.view()
 
     async def _run(self) -> None:
-        await self._adopt()
+        for engine in await self._factory.existing():  # those of a manager that died served on without it
+            self._supervise(engine.info.engine_id, engine.info.role, engine)
         async for pools in self._state.desired():
             self._desired = pools
             self._on_change()
-            await self._apply(plan_pools(self._slots(), pools))
+            await self._apply(plan_pools(self.view().engines, pools))
 
-    async def _adopt(self) -> None:
-        """Take over the engines of a manager that died: they served on without it."""
-        for engine in await self._tools.factory.existing():
-            engine_id, role = engine.info.engine_id, engine.info.role
-            self._keepers[engine_id] = EngineKeeper(engine_id, role, self._tools, adopted=engine)
-            self._keepers[engine_id].start()
-
-    def _slots(self) -> list[Slot]:
-        return [Slot(keeper.engine_id, keeper.role, keeper.ready) for keeper in self._keepers.values()]
-
-    async def _apply(self, plan: Plan) -> None:
+    async def _apply(self, plan: PoolPlan) -> None:
         log.info("pools: %d switches, %d starts, %d stops", len(plan.switches), len(plan.starts), len(plan.stops))
-        await asyncio.gather(*(self._keepers[item.engine_id].switch(item.role) for item in plan.switches))
-        self._start_engines(plan.starts)
-        stopping = [self._keepers.pop(engine_id) for engine_id in plan.stops]
-        await asyncio.gather(*(keeper.stop() for keeper in stopping))
+        await asyncio.gather(*(self._supervisors[item.engine_id].switch(item.role) for item in plan.switches))
+        for engine_id, role in zip(free_ids(list(self._supervisors), len(plan.starts)), plan.starts, strict=True):
+            self._supervise(engine_id, role)
+        stopping = [self._supervisors.pop(engine_id) for engine_id in plan.stops]
+        await asyncio.gather(*(supervisor.stop() for supervisor in stopping))
         self._on_change()
 
-    def _start_engines(self, roles: tuple[Role, ...]) -> None:
-        for engine_id, role in zip(free_ids(list(self._keepers), len(roles)), roles, strict=True):
-            keeper = EngineKeeper(engine_id, role, self._tools)
-            self._keepers[engine_id] = keeper
-            keeper.start()
+    def _supervise(self, engine_id: str, role: Role, adopted: RunningEngine | None = None) -> None:
+        restarts = Restarts(self._clock, self._backoff)
+        supervisor = EngineSupervisor(
+            engine_id, role, self._factory, self._state, restarts, self._on_change, adopted=adopted
+        )
+        self._supervisors[engine_id] = supervisor
+        supervisor.start()
 
     def _on_change(self) -> None:
         self._version += 1

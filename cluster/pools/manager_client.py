@@ -13,7 +13,6 @@ from ray.exceptions import ActorDiedError, RayActorError
 
 from kvbaton.cluster.config.cluster_config import PoolsConfig
 from kvbaton.cluster.host.engine_host import EngineStats
-from kvbaton.cluster.launch.launch_types import LaunchFailed
 from kvbaton.cluster.pools.actors import (
     ENGINE_PREFIX,
     MANAGER_NAME,
@@ -21,7 +20,7 @@ from kvbaton.cluster.pools.actors import (
     ManagerSettings,
     reason_of,
 )
-from kvbaton.cluster.pools.manager import PoolView
+from kvbaton.cluster.pools.manager import ManagerLost, PoolView
 from kvbaton.cluster.pools.state import write_desired
 from kvbaton.cluster.store.redis_store import RedisStore
 from kvbaton.cluster.store.store import StoreAddress
@@ -51,7 +50,7 @@ class ManagerClient:
         return client
 
     def views(self) -> Iterator[PoolView]:
-        """The pools now, then after each change; goes on after a restart of the manager. Raises `LaunchFailed`."""
+        """The pools now, then after each change; goes on after a restart of the manager. Raises `ManagerLost`."""
         version = -1
         while True:
             try:
@@ -70,10 +69,10 @@ class ManagerClient:
             try:
                 ray.get(self._actor.start.remote())
             except ActorDiedError as error:
-                raise LaunchFailed(f"the manager is dead: {reason_of(error)}") from error
+                raise ManagerLost(f"the manager is dead: {reason_of(error)}") from error
             except RayActorError as error:
                 if time.monotonic() > deadline:
-                    raise LaunchFailed(f"the manager does not come back: {reason_of(error)}") from error
+                    raise ManagerLost(f"the manager does not come back: {reason_of(error)}") from error
                 time.sleep(_RESTART_PAUSE_S)
             else:
                 return

@@ -10,16 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvbaton.cluster.config.cluster_config import PoolsConfig
+from kvbaton.cluster.pools.supervisor import EngineStatus
 from kvbaton.router.engine_info import Role
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """One engine that exists, by id. `ready` is False while it starts, fails or waits to be started again."""
-
-    engine_id: str
-    role: Role
-    ready: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +23,7 @@ class Switch:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PoolPlan:
     """`starts` are roles, one entry an engine; `stops` are engine ids."""
 
     switches: tuple[Switch, ...] = ()
@@ -44,34 +36,34 @@ def wanted_counts(pools: PoolsConfig) -> dict[Role, int]:
     return {Role.PREFILL: pools.prefill, Role.DECODE: pools.decode, Role.HYBRID: pools.hybrid}
 
 
-def plan_pools(slots: Sequence[Slot], pools: PoolsConfig) -> Plan:
-    """The changes from `slots` to `pools`. The least useful engines of a role go first: not ready, then newest id."""
+def plan_pools(engines: Sequence[EngineStatus], pools: PoolsConfig) -> PoolPlan:
+    """The changes from `engines` to `pools`. The least useful engines of a role go first: not ready, then newest id."""
     wanted = wanted_counts(pools)
-    surplus = [slot for role in Role for slot in _surplus(slots, role, wanted)]
-    missing = [role for role in Role for _ in range(wanted[role] - _count(slots, role))]
-    donors = sorted(surplus, key=lambda slot: not slot.ready)  # stable: ready ones switch, the others can only stop
+    surplus = [engine for role in Role for engine in _surplus(engines, role, wanted)]
+    missing = [role for role in Role for _ in range(wanted[role] - _count(engines, role))]
+    donors = sorted(surplus, key=lambda engine: not engine.ready)  # stable: ready ones switch, the others can only stop
     switched = donors[: len(missing)]
-    return Plan(
-        switches=tuple(Switch(slot.engine_id, role) for slot, role in zip(switched, missing, strict=False)),
+    return PoolPlan(
+        switches=tuple(Switch(engine.engine_id, role) for engine, role in zip(switched, missing, strict=False)),
         starts=tuple(missing[len(switched) :]),
-        stops=tuple(slot.engine_id for slot in donors[len(missing) :]),
+        stops=tuple(engine.engine_id for engine in donors[len(missing) :]),
     )
 
 
-def _count(slots: Sequence[Slot], role: Role) -> int:
-    return sum(slot.role is role for slot in slots)
+def _count(engines: Sequence[EngineStatus], role: Role) -> int:
+    return sum(engine.role is role for engine in engines)
 
 
-def _surplus(slots: Sequence[Slot], role: Role, wanted: Mapping[Role, int]) -> list[Slot]:
+def _surplus(engines: Sequence[EngineStatus], role: Role, wanted: Mapping[Role, int]) -> list[EngineStatus]:
     """The engines of a role beyond the wanted number, least useful first."""
-    mine = sorted((slot for slot in slots if slot.role is role), key=_usefulness)
+    mine = sorted((engine for engine in engines if engine.role is role), key=_usefulness)
     return mine[: max(0, len(mine) - wanted[role])]
 
 
-def _usefulness(slot: Slot) -> tuple[bool, int, str]:
+def _usefulness(engine: EngineStatus) -> tuple[bool, int, str]:
     """Ascending: not ready before ready, then the newest id first."""
-    prefix, _, number = slot.engine_id.rpartition("-")
-    return (slot.ready, -int(number) if number.isdigit() else 0, prefix)
+    prefix, _, number = engine.engine_id.rpartition("-")
+    return (engine.ready, -int(number) if number.isdigit() else 0, prefix)
 
 
 def free_ids(taken: Sequence[str], count: int) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from kvbaton.cluster.config.cluster_config import PoolsConfig
 from kvbaton.cluster.config.config_file import build
-from kvbaton.cluster.pools.manager import StateUnavailable
+from kvbaton.cluster.pools.supervisor import StateUnavailable
 from kvbaton.cluster.store.store import MAX_WAIT_S, Cursor, Store, StoreUnavailable
 from kvbaton.engine.config import ConfigError
 

@@ -1,4 +1,4 @@
-"""Keeps one engine alive: start it, watch it, replace it under a new generation when it dies.
+"""Keeps one engine alive: starts it, watches it, replaces it under a new generation when it dies.
 
     STARTING ──ready──> READY ──dies──> DEAD ──wait──> STARTING (generation + 1)
         └────────────fails to start──────^
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,6 +64,18 @@ class EngineFactory(Protocol):
         ...
 
 
+class Generations(Protocol):
+    """Numbers the incarnations of engines, for longer than a manager lives."""
+
+    async def next_generation(self, engine_id: str) -> int:
+        """A number higher than any given out for this id before. Raises `StateUnavailable`."""
+        ...
+
+
+class StateUnavailable(EngineFailed):
+    """The shared state cannot be reached; what depends on it is tried again later."""
+
+
 class Clock(Protocol):
     """Time, so that tests can move it by hand."""
 
@@ -87,59 +99,85 @@ class Backoff:
         return float(min(self.limit_s, self.first_s * 2.0 ** min(failures - 2, 32)))
 
 
+class Restarts:
+    """How often one engine has failed in a row, and how long its next start waits for that."""
+
+    def __init__(self, clock: Clock, backoff: Backoff) -> None:
+        self.failures = 0
+        self._clock = clock
+        self._backoff = backoff
+        self._up_since = clock.now()
+
+    def up(self) -> None:
+        self._up_since = self._clock.now()
+
+    def failed_to_start(self) -> None:
+        self.failures += 1
+
+    def died(self) -> None:
+        """An engine that was up for long enough begins the row of waits anew."""
+        stable = self._clock.now() - self._up_since >= self._backoff.stable_s
+        self.failures = 1 if stable else self.failures + 1
+
+    async def wait(self) -> None:
+        await self._clock.sleep(self._backoff.delay_s(self.failures))
+
+
 @dataclass(frozen=True, slots=True)
-class KeeperTools:
-    """What every keeper of a manager shares."""
-
-    factory: EngineFactory
-    next_generation: Callable[[str], Awaitable[int]]
-    clock: Clock
-    backoff: Backoff
-    on_change: Callable[[], None]
-
-
-@dataclass(frozen=True, slots=True)
-class EngineView:
+class EngineStatus:
     """One engine as operators see it. `failures` counts deaths and failed starts in a row; `info` is set when READY."""
 
     engine_id: str
     generation: int
     role: Role
     state: EngineState
-    reason: str
-    failures: int
-    info: EngineInfo | None
+    reason: str = ""
+    failures: int = 0
+    info: EngineInfo | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.state is EngineState.READY
 
 
-class EngineKeeper:
-    """One engine id through all its incarnations. `run` is its life; `stop` ends it."""
+class EngineSupervisor:
+    """One engine id through all its incarnations, from `start` to `stop`. `on_change` hears of every new status."""
 
-    def __init__(self, engine_id: str, role: Role, tools: KeeperTools, adopted: RunningEngine | None = None) -> None:
+    def __init__(
+        self,
+        engine_id: str,
+        role: Role,
+        factory: EngineFactory,
+        generations: Generations,
+        restarts: Restarts,
+        on_change: Callable[[], None],
+        adopted: RunningEngine | None = None,
+    ) -> None:
         """With `adopted` the engine is up already, and only its replacements are started."""
-        self.engine_id = engine_id
-        self.role = role
-        self._tools = tools
+        self._engine_id = engine_id
+        self._role = role
+        self._factory = factory
+        self._generations = generations
+        self._restarts = restarts
+        self._on_change = on_change
         self._state = EngineState.STARTING if adopted is None else EngineState.READY
         self._reason = ""
         self._generation = 0 if adopted is None else adopted.info.generation
-        self._failures = 0
         self._engine = adopted
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run(), name=f"keeper-{self.engine_id}")
+        self._task = asyncio.create_task(self._run(), name=f"supervise-{self._engine_id}")
 
     @property
-    def ready(self) -> bool:
-        return self._state is EngineState.READY
-
-    def view(self) -> EngineView:
+    def status(self) -> EngineStatus:
         info = self._engine.info if self._engine is not None else None
-        return EngineView(self.engine_id, self._generation, self.role, self._state, self._reason, self._failures, info)
+        failures = self._restarts.failures
+        return EngineStatus(self._engine_id, self._generation, self._role, self._state, self._reason, failures, info)
 
     async def switch(self, role: Role) -> None:
-        """Change the role, now if the engine is up, else with its next start."""
-        self.role = role
+        """Change the role: now if the engine is up, else with its next start."""
+        self._role = role
         engine = self._engine
         if engine is None:
             return
@@ -147,14 +185,14 @@ class EngineKeeper:
         try:
             await engine.set_role(role)
         except EngineFailed as error:
-            log.warning("%s did not become %s: %s", self.engine_id, role, error)
+            log.warning("%s did not become %s: %s", self._engine_id, role, error)
             await engine.stop()  # `_run` sees it die and starts one in the right role
             return
         if self._engine is engine:
             self._to(EngineState.READY)
 
     async def stop(self) -> None:
-        """End the engine and its keeper; returns when both are gone."""
+        """End the engine and its supervision; returns when both are gone."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -164,50 +202,53 @@ class EngineKeeper:
 
     async def _run(self) -> None:
         while True:
-            up_since = self._tools.clock.now() if self._engine is not None else await self._start_one()
+            if self._engine is None:
+                await self._start_one()
             if self._engine is not None:
                 reason = await self._engine.died()
                 self._engine = None
-                if self._tools.clock.now() - up_since >= self._tools.backoff.stable_s:
-                    self._failures = 0
-                self._failed(reason)
-            await self._tools.clock.sleep(self._tools.backoff.delay_s(self._failures))
+                self._restarts.died()
+                self._dead(reason)
+            await self._restarts.wait()
 
-    async def _start_one(self) -> float:
-        """Start the next incarnation; returns since when it is up. `_engine` stays None if it failed."""
+    async def _start_one(self) -> None:
+        """Start the next incarnation; `_engine` stays None if that fails."""
         try:
             self._generation = await self._next_generation()
             self._to(EngineState.STARTING)
-            spec = EngineSpec(self.engine_id, self._generation, self.role)
-            self._engine = await self._tools.factory.start(spec)
+            spec = EngineSpec(self._engine_id, self._generation, self._role)
+            self._engine = await self._factory.start(spec)
         except EngineFailed as error:
-            self._failed(str(error))
-        except Exception as error:  # a keeper must outlive what it did not foresee
-            log.exception("%s: unexpected failure at start", self.engine_id)
-            self._failed(f"{type(error).__name__}: {error}")
+            self._not_started(str(error))
+        except Exception as error:  # supervision must outlive what it did not foresee
+            log.exception("%s: unexpected failure at start", self._engine_id)
+            self._not_started(f"{type(error).__name__}: {error}")
         else:
             await self._settle_role(spec.role)
-        return self._tools.clock.now()
+            self._restarts.up()
 
     async def _next_generation(self) -> int:
-        """Above every one that this keeper has used: a store that lost its data counts from 1 again."""
+        """Above every one that was used here: a store that lost its data counts from 1 again."""
         generation = 0
         while generation <= self._generation:
-            generation = await self._tools.next_generation(self.engine_id)
+            generation = await self._generations.next_generation(self._engine_id)
         return generation
 
     async def _settle_role(self, started_as: Role) -> None:
         """READY, after a switch that was asked for while the engine started."""
-        if self.role is started_as:
+        if self._role is started_as:
             self._to(EngineState.READY)
         else:
-            await self.switch(self.role)
+            await self.switch(self._role)
 
-    def _failed(self, reason: str) -> None:
-        self._failures += 1
-        log.warning("%s generation %d is dead: %s", self.engine_id, self._generation, reason)
+    def _not_started(self, reason: str) -> None:
+        self._restarts.failed_to_start()
+        self._dead(reason)
+
+    def _dead(self, reason: str) -> None:
+        log.warning("%s generation %d is dead: %s", self._engine_id, self._generation, reason)
         self._to(EngineState.DEAD, reason)
 
     def _to(self, state: EngineState, reason: str = "") -> None:
         self._state, self._reason = state, reason
-        self._tools.on_change()
+        self._on_change()

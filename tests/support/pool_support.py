@@ -1,4 +1,4 @@
-"""A hand-moved clock and engines that do what the test says, for `EngineKeeper` and `PoolManager`."""
+"""A hand-moved clock and engines that do what the test says, for `EngineSupervisor` and `PoolManager`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from kvbaton.cluster.config.cluster_config import PoolsConfig
-from kvbaton.cluster.pools.manager import StateUnavailable
-from kvbaton.cluster.pools.supervisor import EngineFailed, EngineSpec
+from kvbaton.cluster.pools.supervisor import EngineFailed, EngineSpec, StateUnavailable
 from kvbaton.router.engine_info import EngineInfo, EngineState, Role
 
 

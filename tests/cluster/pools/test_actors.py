@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
-from kvbaton.cluster.pools.actors import _exit_detail, reason_of
+from kvbaton.cluster.pools.actors import reason_of
 from kvbaton.engine.config import ConfigError
 
 RAY_TEXT = """The actor died unexpectedly before finishing this task.
@@ -14,11 +14,28 @@ The actor is dead because its worker process has died. Worker exit type: SYSTEM_
 unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) it was killed"""
 
 
+class Died(RayActorError):
+    """Ray's account of a dead actor, in the words of a test."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
+
+
 @pytest.mark.ray
-def test_rays_page_of_advice_becomes_one_line() -> None:
-    assert _exit_detail(RAY_TEXT) == "Worker unexpectedly exits with a connection error code 2 (SYSTEM_ERROR)"
-    assert _exit_detail("\n killed by ray.kill\n more") == "killed by ray.kill"
-    assert _exit_detail("") == "no reason given"
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (RAY_TEXT, "Worker unexpectedly exits with a connection error code 2 (SYSTEM_ERROR)"),
+        ("\n killed by ray.kill\n more", "killed by ray.kill"),
+        ("", "no reason given"),
+    ],
+)
+def test_rays_page_of_advice_becomes_one_line(text: str, reason: str) -> None:
+    assert reason_of(Died(text)) == f"engine process died: {reason}"
 
 
 @pytest.mark.ray

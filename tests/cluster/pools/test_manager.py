@@ -186,7 +186,7 @@ async def test_a_store_that_is_away_delays_a_start(bench: Bench) -> None:
     assert bench.factory.book == ["start engine-0/1 hybrid"]
 
 
-async def test_a_factory_that_breaks_does_not_end_its_keeper(bench: Bench) -> None:
+async def test_a_factory_that_breaks_does_not_end_supervision(bench: Bench) -> None:
     def explode(spec: EngineSpec) -> str | None:
         if spec.generation < 3:
             raise RuntimeError("a bug")
