@@ -22,7 +22,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cpu_models import SHAPES, checkpoint
 from cpu_peers import PEERS, python_of
 
-from kvbaton.cluster.launch.ray_cluster import free_ports
+from kvbaton.cluster.launch.ports import PortClaims
 from kvbaton.engine.text.tiny_tokenizer import VOCAB_SIZE, save_tokenizer
 
 READY_S, STOP_S = 300, 60
@@ -62,7 +62,8 @@ class Server:
 
 def servers(model: Path, dtype: str, threads: int) -> list[Server]:
     """Both with the same limits. Raises CalledProcessError where vLLM cannot be installed."""
-    ours, theirs = free_ports(2)
+    with closing(PortClaims()) as claims:
+        ours, theirs = claims.free(2)
     python = python_of(next(peer for peer in PEERS if peer.name == "vllm"))
     kvbaton = (sys.executable, "-m", "kvbaton.cluster.cli", "serve", "--model", str(model), "--device", "cpu")
     kvbaton += ("--prefill", "0", "--decode", "0", "--hybrid", "1", "--port", str(ours), "--dtype", dtype)

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ from kvbaton.cluster.config.cluster_config import (
     HostingConfig,
     HttpConfig,
 )
-from kvbaton.cluster.launch.ray_cluster import NAMESPACE, free_ports
+from kvbaton.cluster.launch.ports import PortClaims
+from kvbaton.cluster.launch.ray_cluster import NAMESPACE
 from kvbaton.cluster.launch.screen import Screen
 from kvbaton.engine.config import CacheConfig, EngineConfig
 from kvbaton.engine.tiny import TinySpec, make_tiny
@@ -268,7 +270,8 @@ def main() -> None:
         model = args.model or Path(scratch) / "tiny"
         if args.model is None:
             make_tiny(model, SPEC)
-        port = free_ports(1)[0]
+        with closing(PortClaims()) as claims:
+            (port,) = claims.free(1)
         thread = threading.Thread(target=measure, args=(Cluster(port), args, result), daemon=True)
         thread.start()
         with StopSignals() as signals:

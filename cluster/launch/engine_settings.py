@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvbaton.cluster.host.engine_host import EngineHostSettings
 from kvbaton.cluster.launch.devices import threads_per_engine
-from kvbaton.cluster.launch.launch_types import Launch
+from kvbaton.cluster.launch.preflight import Launch
 from kvbaton.cluster.pools.actors import EnginePlacement, ManagerSettings
 from kvbaton.router.engine_info import Role
 

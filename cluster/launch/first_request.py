@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from http import HTTPStatus
 
 from kvbaton.cluster.host.engine_host import EngineStats
-from kvbaton.cluster.launch.launch_types import Launch, LaunchFailed
+from kvbaton.cluster.launch.preflight import Launch, LaunchFailed
 from kvbaton.cluster.launch.screen import Link
 from kvbaton.router.engine_info import EngineInfo, Role
 

@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING
 from kvbaton.cluster.config.cluster_config import ClusterConfig
 from kvbaton.cluster.launch import ray_cluster
 from kvbaton.cluster.launch.devices import count_cores
-from kvbaton.cluster.launch.launch_types import Launch, LaunchFailed
-from kvbaton.cluster.launch.port_claim import PortClaim
-from kvbaton.cluster.launch.preflight import Preflight, check_launch
+from kvbaton.cluster.launch.ports import PortClaims
+from kvbaton.cluster.launch.preflight import Launch, LaunchFailed, Preflight, check_launch
 from kvbaton.cluster.launch.reaper import MARKER_VARIABLE, Reaper
 from kvbaton.cluster.launch.screen import Screen, Step
 from kvbaton.cluster.launch.stop_signals import StopSignals
@@ -114,12 +113,11 @@ def _start_base(config: ClusterConfig, run_dir: Path, screen: Screen, stack: Exi
 def _own_port(config: ClusterConfig) -> Iterator[ClusterConfig]:
     """The configuration with the endpoint's port, on which no other launch of this machine starts meanwhile. Port 0
     asks for any that is free."""
-    if config.http.port == 0:
-        config = replace(config, http=replace(config.http, port=ray_cluster.free_ports(1)[0]))
-    if config.ray.address is not None:  # the endpoint is on other machines too, and Serve of that cluster has its ports
-        yield config
-        return
-    with closing(PortClaim(config.http)):
+    with closing(PortClaims()) as claims:
+        if config.http.port == 0:
+            config = replace(config, http=replace(config.http, port=claims.free(1)[0]))
+        elif config.ray.address is None:  # else the Serve of that cluster, on other machines too, has its ports
+            claims.endpoint(config.http)
         yield config
 
 
@@ -136,7 +134,8 @@ def _open_ray(
     config: ClusterConfig, preflight: Preflight, run_dir: Path, stack: ExitStack, signals: StopSignals
 ) -> None:
     if config.ray.address is None:
-        os.environ.update(ray_cluster.private_environment(run_dir, config.http))
+        claims = stack.enter_context(closing(PortClaims()))  # to the end: Serve may open one of these ports late
+        os.environ.update(ray_cluster.private_environment(run_dir, config.http, claims))
     with signals.kept():
         import ray
     if config.ray.address is not None:

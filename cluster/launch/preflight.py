@@ -1,25 +1,27 @@
-"""Checks before anything is started, so that what is wrong is said at once and in one line."""
+"""Checks before anything is started, so that what is wrong is said at once and in one line; and the launch that comes
+of them."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
-import socket
-from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import psutil
-
-from kvbaton.cluster.config.cluster_config import ClusterConfig, HttpConfig
+from kvbaton.cluster.config.cluster_config import ClusterConfig
 from kvbaton.cluster.launch.devices import count_gpus, resolve_device
+from kvbaton.cluster.launch.ports import check_port
 from kvbaton.cluster.store.redis_store import RedisStore
-from kvbaton.cluster.store.store import StoreUnavailable
+from kvbaton.cluster.store.store import StoreAddress, StoreUnavailable
 from kvbaton.engine.config import ConfigError, EngineConfig
 from kvbaton.engine.model.hf_config import check_quantization, load_model_config
 from kvbaton.engine.model.model_config import ModelConfig
 from kvbaton.engine.model.weight_files import check_weight_files
 from kvbaton.engine.text.tokenizer import check_tokenizer
 from kvbaton.kvtransfer.settings import CHECKSUM_OFF, TransferSettings
+
+
+class LaunchFailed(Exception):
+    """A part of the cluster did not start; the message is fit for an operator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,17 @@ class Preflight:
     model: ModelConfig
     device: str
     num_gpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch: what was asked for, what was found, where things are. `secret` is the cluster's."""
+
+    config: ClusterConfig
+    preflight: Preflight
+    run_dir: Path
+    store: StoreAddress
+    secret: bytes = field(repr=False)
 
 
 def check_launch(config: ClusterConfig) -> Preflight:
@@ -74,64 +87,6 @@ def check_checksum(transfer: TransferSettings, device: str) -> None:
         raise ConfigError(
             f"transfer.checksum: {transfer.checksum} is for engines on CPU, and here KV is on GPUs; set it to off"
         )
-
-
-def check_port(http: HttpConfig, ours: Container[int | None] = ()) -> None:
-    """Raise `ConfigError` when the endpoint's port cannot be opened, naming who has it; processes in `ours` may."""
-    try:
-        family = socket.getaddrinfo(http.host, http.port, type=socket.SOCK_STREAM)[0][0]
-    except socket.gaierror as error:
-        raise ConfigError(f"http.host: '{http.host}' is not an address of this machine: {error.strerror}") from None
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((http.host, http.port))
-        except PermissionError:
-            raise ConfigError(f"port {http.port} needs more rights than this user has; choose one above 1023") from None
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise ConfigError(f"cannot listen on {http.host}:{http.port}: {error.strerror}") from None
-            pid = _listening(http.port)
-            if pid in ours:
-                return
-            who, other = _name(pid), other_port(http)
-            raise ConfigError(
-                f"port {http.port} on {http.host} is in use by {who}; stop it, or choose another: --port {other} "
-                f"(make serve PORT={other})"
-            ) from None
-
-
-def _listening(port: int) -> int | None:
-    """The process that listens on a port, as far as this user may know."""
-    try:
-        connections = psutil.net_connections("tcp")
-    except psutil.AccessDenied:
-        return None
-    for connection in connections:
-        if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port:
-            return connection.pid
-    return None
-
-
-def _name(pid: int | None) -> str:
-    if pid is None:
-        return "another process"
-    try:
-        return f"{psutil.Process(pid).name()} (pid {pid})"
-    except psutil.Error:
-        return f"pid {pid}"
-
-
-def other_port(http: HttpConfig) -> int:
-    """A port near the wanted one that is free at this moment."""
-    for port in range(http.port + 1, min(http.port + 50, 65536)):
-        with socket.socket() as probe:
-            try:
-                probe.bind((http.host, port))
-            except OSError:
-                continue
-            return port
-    return 0
 
 
 def check_redis(url: str, namespace: str) -> None:

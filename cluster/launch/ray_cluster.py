@@ -7,27 +7,23 @@ share a machine. Ray's own processes die with the driver by themselves; HAProxy 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
-import random
 import secrets
 import shutil
-import socket
 import sys
 import tempfile
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvbaton.cluster.config.cluster_config import HttpConfig, RayConfig
 from kvbaton.cluster.launch import haproxy_guard
-from kvbaton.cluster.launch.launch_types import LaunchFailed
+from kvbaton.cluster.launch.ports import PortClaims
+from kvbaton.cluster.launch.preflight import LaunchFailed
 from kvbaton.engine.config import ConfigError
 
 NAMESPACE = "kvbaton"
-_PORTS = range(20000, 30000)
 _MAX_RUN_DIR = 97 - len("/h/admin.sock") - 57  # HAProxy's limit, less the node's id, which Ray puts in between
 
 
@@ -47,23 +43,6 @@ def make_run_dir() -> Path:
     raise ConfigError(f"no folder for temporary files: set TMPDIR to one of at most {_MAX_RUN_DIR - 17} characters")
 
 
-def free_ports(count: int) -> list[int]:
-    """Distinct TCP ports that nobody listens on at this moment, and that nobody is given by chance until they are used:
-    below the kernel's ephemeral range, and outside those from which Ray takes its own."""
-    candidates = random.SystemRandom().sample(_PORTS, len(_PORTS))
-    found: list[int] = []
-    with ExitStack() as stack:
-        while len(found) < count:
-            if not candidates:
-                raise ConfigError(f"no {count} free TCP ports from {_PORTS[0]} to {_PORTS[-1]}")
-            item = stack.enter_context(socket.socket())
-            with contextlib.suppress(OSError):
-                item.bind(("", candidates[-1]))
-                found.append(candidates[-1])
-            candidates.pop()
-    return found
-
-
 def find_haproxy() -> str:
     """The HAProxy binary that comes with ray[serve], else the one on PATH. Raises `ConfigError`."""
     try:
@@ -77,9 +56,10 @@ def find_haproxy() -> str:
     return str(binary)
 
 
-def private_environment(run_dir: Path, http: HttpConfig) -> dict[str, str]:
-    """The environment that Ray's processes inherit; to be set before `ray` is first imported."""
-    metrics, stats, fallback_http, fallback_grpc, grpc = free_ports(5)
+def private_environment(run_dir: Path, http: HttpConfig, claims: PortClaims) -> dict[str, str]:
+    """The environment that Ray's processes inherit; to be set before `ray` is first imported. The ports in it are
+    claimed."""
+    metrics, stats, fallback_http, fallback_grpc, grpc = claims.free(5)
     haproxy_dir = run_dir / "h"
     return {
         "RAY_AUTH_MODE": "token",

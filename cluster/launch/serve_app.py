@@ -21,8 +21,8 @@ from ray.serve.exceptions import RayServeException
 
 from kvbaton.cluster.config.cluster_config import ClusterConfig
 from kvbaton.cluster.ingress.ingress import Ingress, IngressSettings
-from kvbaton.cluster.launch.launch_types import Launch, LaunchFailed
-from kvbaton.cluster.launch.preflight import check_port
+from kvbaton.cluster.launch.ports import check_port
+from kvbaton.cluster.launch.preflight import Launch, LaunchFailed
 from kvbaton.cluster.launch.reaper import MARKER_VARIABLE, processes_of
 
 APP_NAME = "kvbaton"

@@ -20,8 +20,8 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save_file
 
+from kvbaton.cluster.launch.ports import PortClaims
 from kvbaton.cluster.launch.preflight import check_redis
-from kvbaton.cluster.launch.ray_cluster import free_ports
 from kvbaton.cluster.store.valkey import EmbeddedValkey
 from support.launcher import Launcher, survivors, wait_until
 
@@ -75,7 +75,9 @@ def test_a_redis_that_is_down(tiny_model: TinyModel) -> None:
 @pytest.mark.process
 def test_of_two_launches_that_race_for_a_port_one_goes_on(tiny_model: TinyModel) -> None:
     """Guards against a second launch that passes the check, starts everything, and then shares or misses the port."""
-    arguments = ("--port", str(free_ports(1)[0]), "--prefill", "0", "--decode", "0", "--hybrid", "1")
+    with closing(PortClaims()) as claims:
+        (port,) = claims.free(1)
+    arguments = ("--port", str(port), "--prefill", "0", "--decode", "0", "--hybrid", "1")
     folder = Path("/tmp") / secrets.token_hex(2)  # short: a launch does not take a longer one
     folder.mkdir()
     environment = {"TMPDIR": str(folder)}
@@ -84,7 +86,7 @@ def test_of_two_launches_that_race_for_a_port_one_goes_on(tiny_model: TinyModel)
         assert wait_until(lambda: any(each.process.poll() is not None for each in launchers), 60)
         loser, winner = sorted(launchers, key=lambda each: each.process.poll() is None)
         assert loser.stop() == 1
-        assert f"error: another launch (pid {winner.process.pid}) is starting on port {arguments[1]}" in loser.output
+        assert f"error: another launch (pid {winner.process.pid}) is about to use port {port};" in loser.output
         assert "Traceback" not in loser.output
         winner.wait_line("✓ checks")
         assert len(list(folder.glob("kvbaton-*"))) == 1

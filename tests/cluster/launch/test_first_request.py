@@ -16,7 +16,7 @@ import pytest
 from kvbaton.cluster.config.cluster_config import ClusterConfig
 from kvbaton.cluster.launch import first_request
 from kvbaton.cluster.launch.first_request import send_first_request
-from kvbaton.cluster.launch.launch_types import Launch, LaunchFailed
+from kvbaton.cluster.launch.preflight import Launch, LaunchFailed
 from kvbaton.engine.config import EngineConfig
 from kvbaton.router.engine_info import EngineInfo
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from kvbaton.cluster.config.cluster_config import (
 )
 from kvbaton.cluster.launch import preflight
 from kvbaton.cluster.launch.devices import resolve_device, threads_per_engine
-from kvbaton.cluster.launch.preflight import check_checksum, check_launch, check_port, check_redis
+from kvbaton.cluster.launch.preflight import check_checksum, check_launch, check_redis
 from kvbaton.cluster.store.valkey import EmbeddedValkey
 from kvbaton.engine.config import ConfigError, EngineConfig
 from kvbaton.kvtransfer.settings import TransferSettings
@@ -35,45 +34,6 @@ def refused(check: Callable[[], object]) -> str:
 
 def gpu_config(pools: PoolsConfig, device: str = "auto", gpus: float = 1.0) -> ClusterConfig:
     return ClusterConfig(pools=pools, hosting=HostingConfig(device=device, gpus=gpus))
-
-
-def test_a_port_in_use_is_refused_with_its_owner_and_a_free_one() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        message = refused(lambda: check_port(HttpConfig(port=port)))
-    assert f"port {port} on 127.0.0.1 is in use by" in message
-    assert f"(pid {os.getpid()})" in message
-    other = int(message.rpartition("--port ")[2].split()[0])
-    check_port(HttpConfig(port=other))
-
-
-def test_the_launchs_own_listener_is_no_stranger() -> None:
-    """Guards what a failed start says: that HAProxy of this very launch has the port tells nobody anything."""
-    with socket.create_server(("127.0.0.1", 0)) as own:
-        http = HttpConfig(port=own.getsockname()[1])
-        check_port(http, ours=[os.getpid()])
-        assert "is in use by" in refused(lambda: check_port(http, ours=[os.getpid() + 1]))
-
-
-def test_a_port_left_in_time_wait_is_free() -> None:
-    """Guards against refusing a quick restart: HAProxy sets SO_REUSEADDR, so the check must."""
-    with socket.socket() as server:
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        port = server.getsockname()[1]
-        client = socket.create_connection(("127.0.0.1", port))
-        accepted, _ = server.accept()
-        accepted.close()  # the side that closes first keeps TIME_WAIT
-        client.close()
-    check_port(HttpConfig(port=port))
-
-
-def test_an_address_of_another_machine_is_refused() -> None:
-    assert "cannot listen on 192.0.2.77:8000" in refused(lambda: check_port(HttpConfig(host="192.0.2.77")))
-    assert "is not an address" in refused(lambda: check_port(HttpConfig(host="no.such.host.invalid")))
 
 
 def test_a_redis_that_is_down_is_named() -> None:
