@@ -67,7 +67,7 @@ class TimedStream:
             await self._changed.wait()
 
     def engine(self) -> str:
-        attempt = self._cluster.client._flights[self._request.request_id].samples[0].attempt
+        attempt = self._cluster.client.attempts.working_on(self._request.request_id, 0)
         assert attempt is not None
         return attempt.second.info.engine_id
 

@@ -1,230 +1,262 @@
-"""Where the samples of requests are at work: placed, submitted, resumed elsewhere, parked, given up.
+"""What becomes of the samples of live requests: placed, submitted, resumed elsewhere, parked, given up.
 
 begin ──> place ──> submit to both legs ──> take outputs ──> done
             ^                                   │
             └── fail: abort, resume each unfinished sample with what it has; parked while there is no engine
+
+An output of a sample that migrates, and what an engine says of a migration, goes to `ClientMigrations`, whose answer is
+carried out here. A request ends by `end` whatever the reason is: both legs of each attempt are told.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 
-from kvbaton.cluster.client.api import DeadlineExceeded, EngineLost, NoEngines, Overloaded
-from kvbaton.cluster.client.live_request import Attempt, Flight, TokenGap, resume_request
-from kvbaton.cluster.client.migration import ClientMigrations
+from kvbaton.cluster.client.api import DeadlineExceeded, EngineLost, NoEngines, Overloaded, ServiceError
+from kvbaton.cluster.client.attempts import Attempts
+from kvbaton.cluster.client.live_request import Attempt, EngineSession, LiveRequest, Timers, TokenGap, resume_request
+from kvbaton.cluster.client.migration import ClientMigrations, Recompute, TakenOver
 from kvbaton.cluster.client.settings import ClientConfig, ClientCounters
-from kvbaton.cluster.session.client import SessionClient, SessionLost
-from kvbaton.engine.orders import LegKind, Submit
+from kvbaton.cluster.session.client import SessionLost
+from kvbaton.engine.orders import Migrated, Notice
 from kvbaton.engine.request import Request, TokenOutput
-from kvbaton.kvtransfer.messages import PeerAddress
-from kvbaton.router.engine_info import EngineInfo
-from kvbaton.router.placement import Local, Placement, Refused, Unavailable
+from kvbaton.router.placement import Placement, Refused, Unavailable
 from kvbaton.router.router import Router
 
 log = logging.getLogger(__name__)
 
 
 class Dispatch:
-    """Every attempt of one ingress; a `MigrationHost`. `find_session` gives the open connection to an engine."""
+    """The requests of one ingress on their way through its engines. Lives on one event loop."""
 
     def __init__(
         self,
         config: ClientConfig,
         router: Router,
+        attempts: Attempts,
+        migrations: ClientMigrations,
         counters: ClientCounters,
-        find_session: Callable[[EngineInfo], SessionClient | None],
+        timers: Timers,
     ) -> None:
-        self.config = config
-        self.router = router
-        self.counters = counters
-        self.by_id: dict[str, Attempt] = {}  # by the request id that the engines know
-        self.migrations = ClientMigrations(self)
-        self._find_session = find_session
+        self._config = config
+        self._router = router
+        self._attempts = attempts
+        self._migrations = migrations
+        self._counters = counters
+        self._timers = timers
+        self._parked: dict[int, LiveRequest] = {}  # those with parked samples, by identity
 
-    def begin(self, flight: Flight) -> None:
-        request = flight.request
-        decision = self.router.place(request)
+    # -- a request begins and ends --
+
+    def begin(self, live: LiveRequest) -> None:
+        """Place and submit a new request. Its time, where it has a limit, runs from here on. Raises `Overloaded` and
+        `NoEngines`."""
+        request = live.request
+        decision = self._router.place(request)
         if isinstance(decision, Refused):
-            self.counters.refused += 1
+            self._counters.refused += 1
             raise Overloaded(decision.reason, decision.retry_after_s)
         if isinstance(decision, Unavailable):
             raise NoEngines(decision.reason)
+        if request.timeout_s is not None:
+            live.deadline_s = self._timers.now() + request.timeout_s
+            live.deadline_timer = self._timers.call_later(request.timeout_s, partial(self._time_is_up, live))
         try:
-            self._submit(flight, request, decision)
+            self._submit(live, request, decision)
         except SessionLost as error:
-            flight.last_reason = str(error)
-            self._resume(flight, list(request.sample_indices), frozenset())
+            live.last_reason = str(error)
+            self._resume(live, list(request.sample_indices), frozenset())
 
-    def _submit(self, flight: Flight, request: Request, placement: Placement) -> None:
-        """Send both legs. Raises `SessionLost`, with nothing noted or sent, where a session has just gone."""
-        if isinstance(placement, Local):
-            self.counters.placed_local += 1
-            first = second = self.session(placement.engine)
-            legs = [(first, Submit(request, LegKind.LOCAL))]
+    def end(self, live: LiveRequest, error: ServiceError | None = None) -> None:
+        """Release all that a request holds anywhere: abort its live attempts on both legs. With an `error` its stream
+        ends with that."""
+        live.parked = []
+        self._parked.pop(id(live), None)
+        live.cancel_timers()
+        for index in live.samples:
+            self._migrations.call_off(live, index, "the request is over")
+        for attempt in live.attempts:
+            if attempt.unfinished:
+                attempt.abort()
+                self._attempts.end(attempt)
+        if error is not None:
+            live.fail(error)
+
+    def finish_sample(self, live: LiveRequest, index: int) -> None:
+        """Its reader needs no more tokens of a sample; one that is done, or not the request's, is fine."""
+        sample = live.samples.get(index)
+        if sample is None or sample.done:
+            return
+        sample.done = True
+        self._migrations.call_off(live, index, "the sample is done")
+        if sample.attempt is not None:
+            sample.attempt.abort((index,))
+            self._sample_done(sample.attempt, index)
+        live.wake()
+
+    # -- what engines say --
+
+    def step(self, session: EngineSession, outputs: list[TokenOutput]) -> None:
+        """The tokens of one engine step: each goes to its request, then each reader is woken once."""
+        touched: dict[int, LiveRequest] = {}
+        failed: list[tuple[Attempt, int, str]] = []
+        for output in outputs:
+            attempt = self._attempts.get(output.request_id)
+            if attempt is None or output.epoch != attempt.request.epoch:
+                self._counters.stale_outputs += 1
+                continue
+            touched[id(attempt.live)] = attempt.live
+            if attempt.standby:
+                self._carry_out(self._migrations.output(attempt, output))
+                continue
+            reason = self._take(attempt, session, output)
+            if reason is not None:
+                failed.append((attempt, output.sample, reason))
+        self._settle_failures(failed)
+        for live in touched.values():
+            live.wake()
+
+    def notice(self, session: EngineSession, notice: Notice) -> None:
+        """An engine's word about a migration, or its wish for one."""
+        if isinstance(notice, Migrated):
+            self._carry_out(self._migrations.told(session, notice))
+            return
+        attempt = self._attempts.get(notice.request_id)
+        if attempt is not None and attempt.second is session and not attempt.standby:
+            self._migrations.start_all(attempt, notice.to)
+
+    def drain(self, session: EngineSession) -> None:
+        """The engine drains: have some of what decodes there go on elsewhere. Called with each of its frames."""
+        for stuck in self._migrations.drain(session):
+            self._carry_out(stuck)
+
+    def lost(self, session: EngineSession, reason: str) -> None:
+        """Resume what depended on this engine."""
+        engine_id = session.info.engine_id
+        self._attempts.lost(session)
+        self._migrations.lost(session)
+        for attempt in [attempt for attempt in self._attempts if not attempt.standby]:
+            self._fail(attempt, attempt.needing(session), f"engine {engine_id}: {reason}", frozenset((engine_id,)))
+
+    def retry_parked(self) -> None:
+        """An engine has come or changed: perhaps it takes those that found none."""
+        waiting, self._parked = list(self._parked.values()), {}
+        for live in waiting:
+            parked, live.parked = live.parked, []
+            self._resume(live, parked, frozenset())
+
+    # -- attempts --
+
+    def _submit(self, live: LiveRequest, request: Request, placement: Placement) -> None:
+        """Raises `SessionLost`, with nothing noted or sent."""
+        if self._attempts.submit(live, request, placement).paired:
+            self._counters.placed_pairs += 1
         else:
-            self.counters.placed_pairs += 1
-            first, second = self.session(placement.prefill), self.session(placement.decode)
-            legs = [
-                (second, Submit(request, LegKind.DECODE, _address(placement.prefill))),
-                (first, Submit(request, LegKind.PREFILL, _address(placement.decode))),
-            ]
-        booking = self.router.book(request, placement)
-        attempt = Attempt(flight, request, first, second, booking, set(request.sample_indices))
-        self.by_id[request.request_id] = attempt
-        for index in request.sample_indices:
-            flight.samples[index].attempt = attempt
-        for session, submit in legs:
-            session.submit(submit)
+            self._counters.placed_local += 1
 
-    # -- MigrationHost --
-
-    @property
-    def attempts(self) -> Iterable[Attempt]:
-        return self.by_id.values()
-
-    def register(self, attempt: Attempt) -> None:
-        self.by_id[attempt.request.request_id] = attempt
-
-    def accept(self, attempt: Attempt, session: SessionClient, output: TokenOutput) -> None:
-        """An output outside of a step's batch."""
-        reason = self.take(attempt, session, output)
-        if reason is not None:
-            self.settle_failures([(attempt, output.sample, reason)], session)
-
-    def resume_elsewhere(self, attempt: Attempt, sample: int, reason: str, counted: bool) -> None:
-        attempt.flight.resumes -= not counted
-        self.fail(attempt, {sample}, reason, frozenset((attempt.second.info.engine_id,)))
-
-    def session(self, info: EngineInfo) -> SessionClient:
-        session = self._find_session(info)
-        if session is None:
-            raise SessionLost(f"engine {info.engine_id}: no session")
-        return session
-
-    def take(self, attempt: Attempt, session: SessionClient, output: TokenOutput) -> str | None:
+    def _take(self, attempt: Attempt, session: EngineSession, output: TokenOutput) -> str | None:
         """Returns why the sample has to be resumed, if it has to."""
         try:
-            reason = attempt.flight.accept(attempt, session, output)
+            reason = attempt.live.accept(attempt, session, output)
         except TokenGap as gap:
             return str(gap)
-        if attempt.booking.prefilling:
-            self.router.first_token(attempt.booking)
-        if output.finish is not None and attempt.flight.samples[output.sample].done:
-            self.sample_done(attempt, output.sample)
+        self._attempts.first_token(attempt)
+        if output.finish is not None and attempt.live.samples[output.sample].done:
+            self._sample_done(attempt, output.sample)
         return reason
 
-    def sample_done(self, attempt: Attempt, sample: int) -> None:
+    def _carry_out(self, follows: TakenOver | Recompute | None) -> None:
+        """What follows for a sample from a word about its migration."""
+        if isinstance(follows, TakenOver):
+            target = follows.target
+            for output in follows.outputs:
+                reason = self._take(target, target.second, output)
+                if reason is not None:
+                    self._settle_failures([(target, output.sample, reason)])
+            target.live.wake()
+        elif follows is not None:
+            attempt = follows.attempt
+            attempt.live.resumes -= not follows.counted
+            self._fail(attempt, {follows.sample}, follows.reason, frozenset((attempt.second.info.engine_id,)))
+
+    def _sample_done(self, attempt: Attempt, sample: int) -> None:
         """With its last sample an attempt is over; a decode leg that never got to decode is told."""
         attempt.unfinished.discard(sample)
-        self.migrations.call_off(attempt.flight, sample, "the sample is done")
+        self._migrations.call_off(attempt.live, sample, "the sample is done")
         if attempt.unfinished:
             return
         if attempt.paired and not attempt.decoding:
             attempt.second.abort(attempt.request.request_id)
-        self.forget(attempt)
+        self._attempts.end(attempt)
 
-    def settle_failures(self, failed: Iterable[tuple[Attempt, int, str]], session: SessionClient) -> None:
+    def _settle_failures(self, failed: Iterable[tuple[Attempt, int, str]]) -> None:
+        """Fail each attempt once, for all of its samples that did."""
         grouped: dict[int, tuple[Attempt, set[int], str]] = {}
         for attempt, sample, reason in failed:
             grouped.setdefault(id(attempt), (attempt, set(), reason))[1].add(sample)
         for attempt, samples, reason in grouped.values():
             engines = frozenset((attempt.first.info.engine_id, attempt.second.info.engine_id))
-            self.fail(attempt, samples & attempt.unfinished, reason, engines)
+            self._fail(attempt, samples & attempt.unfinished, reason, engines)
 
-    def fail(self, attempt: Attempt, samples: set[int], reason: str, avoid: frozenset[str]) -> None:
+    def _fail(self, attempt: Attempt, samples: set[int], reason: str, avoid: frozenset[str]) -> None:
         """End an attempt for some of its samples (maybe none) and go on elsewhere, if not done too often."""
         if not samples:
             return
-        flight = attempt.flight
-        flight.resumes += 1
-        flight.last_reason = reason
+        live = attempt.live
+        live.resumes += 1
+        live.last_reason = reason
         log.warning("request %s: samples %s to be resumed: %s", attempt.request.request_id, sorted(samples), reason)
         for index in samples:
-            self.migrations.call_off(flight, index, reason)
+            self._migrations.call_off(live, index, reason)
         attempt.abort(None if samples == attempt.unfinished else samples)
         attempt.unfinished -= samples
         for index in samples:
-            flight.samples[index].attempt = None
-            flight.samples[index].early = []
+            live.samples[index].attempt = None
+            live.samples[index].early = []
         if not attempt.unfinished:
-            self.forget(attempt)
-        if flight.resumes > self.config.max_resumes:
-            self._give_up(flight, f"resumed {self.config.max_resumes} times")
+            self._attempts.end(attempt)
+        if live.resumes > self._config.max_resumes:
+            self._give_up(live, f"resumed {self._config.max_resumes} times")
         else:
-            self._resume(flight, sorted(samples), avoid)
+            self._resume(live, sorted(samples), avoid)
 
-    def retry_parked(self, flights: Iterable[Flight]) -> None:
-        for flight in [flight for flight in flights if flight.parked]:
-            parked, flight.parked = flight.parked, []
-            self._resume(flight, parked, frozenset())
-
-    def _resume(self, flight: Flight, indices: list[int], avoid: frozenset[str]) -> None:
+    def _resume(self, live: LiveRequest, indices: list[int], avoid: frozenset[str]) -> None:
         """Submit each of these samples anew; they are parked while no engine can take them."""
-        flight.epoch += 1
+        live.epoch += 1
         for index in indices:
-            if flight.samples[index].done:
+            if live.samples[index].done:
                 continue
-            request = resume_request(flight, index)
-            decision = self.router.place(request, avoid, admit=False)
+            request = resume_request(live, index, self._timers.now())
+            decision = self._router.place(request, avoid, admit=False)
             if isinstance(decision, Refused | Unavailable):
-                self._park(flight, index)
+                self._park(live, index)
                 continue
-            self.counters.resumed += 1
+            self._counters.resumed += 1
             try:
-                self._submit(flight, request, decision)
+                self._submit(live, request, decision)
             except SessionLost:
-                self._park(flight, index)
+                self._park(live, index)
 
-    def _park(self, flight: Flight, index: int) -> None:
-        flight.parked.append(index)
-        if flight.deadline is None:
-            reason = f"no engine came within {self.config.park_s:g} s"
-            loop = asyncio.get_running_loop()
-            flight.deadline = loop.call_later(self.config.park_s, self._park_over, flight, reason)
+    # -- ends that time brings --
 
-    def _park_over(self, flight: Flight, reason: str) -> None:
-        flight.deadline = None
-        if flight.parked:
-            self._give_up(flight, reason)
+    def _park(self, live: LiveRequest, index: int) -> None:
+        live.parked.append(index)
+        self._parked[id(live)] = live
+        if live.park_timer is None:
+            live.park_timer = self._timers.call_later(self._config.park_s, partial(self._park_over, live))
 
-    def _give_up(self, flight: Flight, why: str) -> None:
-        self.counters.lost += 1
-        self.abandon(flight)
-        flight.fail(EngineLost(f"{why}; last failure: {flight.last_reason}"))
+    def _park_over(self, live: LiveRequest) -> None:
+        live.park_timer = None
+        if live.parked:
+            self._give_up(live, f"no engine came within {self._config.park_s:g} s")
 
-    def abandon(self, flight: Flight) -> None:
-        """Release all that a flight holds anywhere: abort its live attempts on both legs."""
-        flight.parked = []
-        if flight.deadline is not None:
-            flight.deadline.cancel()
-            flight.deadline = None
-        for index in flight.samples:
-            self.migrations.call_off(flight, index, "the request is over")
-        for attempt in flight.attempts:
-            if attempt.unfinished:
-                attempt.abort()
-                self.forget(attempt)
+    def _give_up(self, live: LiveRequest, why: str) -> None:
+        self._counters.lost += 1
+        self.end(live, EngineLost(f"{why}; last failure: {live.last_reason}"))
 
-    def start_timer(self, flight: Flight, timeout_s: float) -> asyncio.TimerHandle:
-        loop = asyncio.get_running_loop()
-        flight.overdue_at = loop.time() + timeout_s
-        return loop.call_later(timeout_s, self._time_is_up, flight, timeout_s)
-
-    def _time_is_up(self, flight: Flight, timeout_s: float) -> None:
-        if not flight.over:
-            self.counters.timed_out += 1
-            self.abandon(flight)
-            flight.fail(DeadlineExceeded(f"not done within {timeout_s:g} s"))
-
-    def forget(self, attempt: Attempt) -> None:
-        self.by_id.pop(attempt.request.request_id, None)
-        self.router.release(attempt.booking)
-        for sample in attempt.flight.samples.values():
-            if sample.attempt is attempt:
-                sample.attempt = None
-
-
-def _address(info: EngineInfo) -> PeerAddress:
-    return PeerAddress(info.engine_id, info.generation, info.host, info.kv_port)
+    def _time_is_up(self, live: LiveRequest) -> None:
+        if not live.over:
+            self._counters.timed_out += 1
+            self.end(live, DeadlineExceeded(f"not done within {live.request.timeout_s:g} s"))

@@ -57,18 +57,6 @@ class EngineLinks:
         self._links: dict[str, _Link] = {}
         self._ending: set[asyncio.Task[None]] = set()
 
-    @property
-    def listed(self) -> tuple[EngineInfo, ...]:
-        """Engines that should be connected, whether they are or not."""
-        return tuple(link.info for link in self._links.values())
-
-    def session(self, info: EngineInfo) -> SessionClient | None:
-        """The session to exactly this incarnation, if it is up."""
-        link = self._links.get(info.engine_id)
-        if link is None or link.info.generation != info.generation or link.session is None:
-            return None
-        return link.session if link.session.connected else None
-
     def set_engines(self, engines: tuple[EngineInfo, ...]) -> None:
         """The membership's present list."""
         wanted = {info.engine_id: info for info in engines if info.state in _REACHABLE}

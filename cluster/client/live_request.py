@@ -1,8 +1,8 @@
 """One client request on its way: its samples, the engines that work on it now, and what waits to be read.
 
-    Flight      what `generate` streams from: a queue of outputs, an end, or an error
-    Sample      one sample's tokens in order: what came early waits, what came twice is dropped, a gap is an error
-    Attempt     one submission of some of the samples to one or two engines; replaced when it fails
+    LiveRequest   what `generate` streams from: a queue of outputs, an end, or an error
+    Sample        one sample's tokens in order: what came early waits, what came twice is dropped, a gap is an error
+    Attempt       one submission of some of the samples to one or two engines; replaced when it fails
 
 With a pair, a sample's first token comes from prefill and the others from decode, over two connections: decode's may
 overtake the first.
@@ -11,14 +11,62 @@ overtake the first.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
-from kvbaton.cluster.session.client import SessionClient
+from kvbaton.engine.orders import Migrate, Submit
 from kvbaton.engine.request import FinishReason, Request, TokenOutput
+from kvbaton.router.engine_info import EngineInfo
 from kvbaton.router.router import Booking
 
 _FAILURES = (FinishReason.ERROR, FinishReason.ABORT)
+
+
+class EngineSession(Protocol):
+    """The way to one engine incarnation; what it says back comes as `LinkEvents`. A `SessionClient`, or a test's."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def connected(self) -> bool: ...
+
+    def submit(self, submit: Submit) -> None:
+        """Raises `SessionLost` where the session is gone: nothing was sent."""
+        ...
+
+    def abort(self, request_id: str, sample: int | None = None) -> None:
+        """Have a request forgotten, or one sample of it. Without a session there is nothing to forget."""
+        ...
+
+    def migrate(self, order: Migrate) -> None:
+        """Have a sample migrated, or stop that. Without a session nothing is sent."""
+        ...
+
+
+class Timer(Protocol):
+    """A call to come, until it is made or cancelled."""
+
+    def cancel(self) -> None: ...
+
+
+class Timers(Protocol):
+    """Time in seconds, and calls at a later time: the event loop's, or moved by a test."""
+
+    def now(self) -> float: ...
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> Timer: ...
+
+
+class LoopTimers:
+    """`Timers` of the running event loop."""
+
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> Timer:
+        return asyncio.get_running_loop().call_later(delay_s, call)
 
 
 class TokenGap(RuntimeError):
@@ -29,14 +77,14 @@ class TokenGap(RuntimeError):
 class Attempt:
     """`first` computes the prompt, `second` decodes, the same one where there is no transfer."""
 
-    flight: Flight
+    live: LiveRequest
     request: Request  # as the engines know it
-    first: SessionClient
-    second: SessionClient
+    first: EngineSession
+    second: EngineSession
     booking: Booking
     unfinished: set[int]
     decoding: bool = False  # the decode leg has sent a token: the hand-off is behind us
-    standby: bool = False  # its sample is moving to it, and is still another's
+    standby: bool = False  # its sample migrates to it, and is still another attempt's
 
     @property
     def base(self) -> int:
@@ -47,18 +95,23 @@ class Attempt:
     def paired(self) -> bool:
         return self.first is not self.second
 
+    def makes(self, index: int) -> bool:
+        """Whether the next token of this sample is to come from here."""
+        sample = self.live.samples.get(index)
+        return sample is not None and sample.attempt is self
+
     def decodes(self, index: int) -> bool:
         """Whether `second` has the prompt and makes this sample's tokens, as far as one can see from here."""
-        return self.decoding if self.paired else len(self.flight.samples[index].tokens) > self.base
+        return self.decoding if self.paired else len(self.live.samples[index].tokens) > self.base
 
-    def needing(self, session: SessionClient) -> set[int]:
+    def needing(self, session: EngineSession) -> set[int]:
         """The samples that cannot go on without this session: once decode is at work, prefill owes at most a first
         token that decode has overtaken."""
         if session is self.second:
             return set(self.unfinished)
         if session is not self.first:
             return set()
-        samples = self.flight.samples
+        samples = self.live.samples
         return {i for i in self.unfinished if not self.decoding or len(samples[i].tokens) == self.base}
 
     def abort(self, samples: Iterable[int] | None = None) -> None:
@@ -73,7 +126,7 @@ class Attempt:
 
 @dataclass(slots=True, eq=False)
 class ClientMigration:
-    """A sample on its way from `source`'s engine to `target`'s. `done`: why it failed, or an empty string."""
+    """A sample on its way from `source`'s engine to `target`'s. `done` tells why it failed, None if it did not."""
 
     sample: int
     source: Attempt
@@ -126,7 +179,7 @@ class Sample:
             self.early.append(output)
 
 
-class Flight:
+class LiveRequest:
     """Everything about one request between `generate` and its end. Lives on one event loop."""
 
     def __init__(self, request: Request) -> None:
@@ -134,17 +187,18 @@ class Flight:
         self.samples = {index: Sample(list(request.emitted)) for index in request.sample_indices}
         self.epoch = request.epoch
         self.resumes = 0
-        self.last_reason = ""
+        self.last_reason = ""  # of a failure, for the message of the error if there is no further try
         self.parked: list[int] = []  # samples that wait for an engine to come
-        self.deadline: asyncio.TimerHandle | None = None  # for the parked ones
-        self.overdue_at: float | None = None  # on the event loop's clock
+        self.park_timer: Timer | None = None
+        self.deadline_s: float | None = None  # when the request's time is up, on the clock of `Timers`
+        self.deadline_timer: Timer | None = None
         self._ready: list[TokenOutput] = []
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
 
     @property
     def over(self) -> bool:
-        """Nothing more will come: each sample is done, or the flight failed."""
+        """Nothing more will come: each sample is done, or the request failed."""
         return self._error is not None or all(sample.done for sample in self.samples.values())
 
     @property
@@ -153,16 +207,16 @@ class Flight:
         found = {id(s.attempt): s.attempt for s in self.samples.values() if s.attempt is not None}
         return list(found.values())
 
-    def remaining_s(self) -> float | None:
-        """How long the request may still take."""
-        if self.overdue_at is None:
-            return None
-        return max(0.001, self.overdue_at - asyncio.get_running_loop().time())
+    def cancel_timers(self) -> None:
+        for timer in (self.park_timer, self.deadline_timer):
+            if timer is not None:
+                timer.cancel()
+        self.park_timer = self.deadline_timer = None
 
-    def accept(self, attempt: Attempt, session: SessionClient, output: TokenOutput) -> str | None:
+    def accept(self, attempt: Attempt, session: EngineSession, output: TokenOutput) -> str | None:
         """Take one output of an attempt. Returns why the sample has to be resumed, if it has to. Raises `TokenGap`."""
         sample = self.samples.get(output.sample)
-        if sample is None or sample.done or sample.attempt is not attempt:
+        if sample is None or sample.done or not attempt.makes(output.sample):
             return None
         if output.finish in _FAILURES:
             if output.sample not in attempt.needing(session):
@@ -184,7 +238,7 @@ class Flight:
             self._reader.set_result(None)
 
     async def read(self) -> list[TokenOutput]:
-        """What has arrived since, at least one output; the empty list at the end. Raises the flight's error."""
+        """What has arrived since, at least one output; the empty list at the end. Raises what `fail` was given."""
         while True:
             if self._ready:
                 ready, self._ready = self._ready, []
@@ -209,16 +263,16 @@ class Flight:
         )
 
 
-def resume_request(flight: Flight, index: int) -> Request:
-    """A new request for one sample that goes on where its tokens end. The flight's `epoch` makes its name unique."""
-    request, tokens = flight.request, tuple(flight.samples[index].tokens)
+def resume_request(live: LiveRequest, index: int, now: float) -> Request:
+    """A new request for one sample, which goes on where its tokens end. `epoch` of `live` makes its name unique."""
+    request, tokens = live.request, tuple(live.samples[index].tokens)
     sampling = replace(request.sampling, prompt_logprobs=None) if tokens else request.sampling
     return replace(
         request,
-        request_id=f"{request.request_id}~{flight.epoch}.{index}",
+        request_id=f"{request.request_id}~{live.epoch}.{index}",
         sampling=sampling,
         sample_indices=(index,),
         emitted=tokens,
-        epoch=flight.epoch,
-        timeout_s=flight.remaining_s(),
+        epoch=live.epoch,
+        timeout_s=None if live.deadline_s is None else max(0.001, live.deadline_s - now),
     )

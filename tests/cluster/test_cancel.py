@@ -127,7 +127,7 @@ async def test_request_ends_in_every_state(state: str, event: str) -> None:
         assert service.client.cancel("a")
     else:  # the ingress is frozen: nothing that it could say arrives
         service.clock.now += 1002
-        for session in service.links.sessions.values():
+        for session in service.sessions.values():
             session.connected = False
     await service.breathe()
     for _ in range(60):

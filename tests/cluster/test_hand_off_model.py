@@ -127,7 +127,11 @@ class HandOffMachine(RuleBasedStateMachine):
         stream = self.service.streams[self.name(which)]
         if stream.over:
             return
-        for attempt in self.service.client._flights[stream.request.request_id].attempts if late else ():
+        request = stream.request
+        for sample in request.sample_indices if late else ():
+            attempt = self.service.client.attempts.working_on(request.request_id, sample)
+            if attempt is None:
+                continue
             self.service.nodes[getattr(attempt, str(late)).info.engine_id].weather.delay("session")
         stream.cancel()
         self.now(self.service.breathe())
@@ -154,14 +158,12 @@ class HandOffMachine(RuleBasedStateMachine):
         self.run_all(rounds)
 
     def decoding(self) -> list[tuple[str, int]]:
-        flights = self.service.client._flights.items()
-        return [(name, i) for name, flight in flights for i in flight.samples if self.service.where(name, i)]
+        open_ones = [(name, stream) for name, stream in self.service.streams.items() if not stream.over]
+        return [(name, i) for name, stream in open_ones for i in stream.tokens if self.service.where(name, i)]
 
     async def _migrate(self, name: str, sample: int, to: str) -> None:
-        view = self.service.router.view(to)
-        if view is not None:
-            with contextlib.suppress(MigrationRefused, SessionLost):
-                self.service.client.migrations.start(self.service.client._flights[name], sample, view.info)
+        with contextlib.suppress(MigrationRefused, SessionLost):
+            self.service.client.start_migration(name, sample, to)
 
     # ---- time goes on -----------------------------------------------------------------------------------------
 

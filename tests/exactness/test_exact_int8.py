@@ -101,7 +101,7 @@ async def test_split(tiny_model: TinyModels, oracle: Oracle, family: Family) -> 
 
 def engine_of(cluster: LocalCluster, request_id: str) -> str:
     """Where a request decodes now."""
-    attempt = cluster.client._flights[request_id].samples[0].attempt
+    attempt = cluster.client.attempts.working_on(request_id, 0)
     assert attempt is not None
     return attempt.second.info.engine_id
 

@@ -48,7 +48,7 @@ class Reader:
             await asyncio.wait_for(self._changed.wait(), 30)
 
     def engine(self, sample: int = 0) -> str:
-        attempt = self._cluster.client._flights[self.request.request_id].samples[sample].attempt
+        attempt = self._cluster.client.attempts.working_on(self.request.request_id, sample)
         assert attempt is not None
         return attempt.second.info.engine_id
 

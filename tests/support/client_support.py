@@ -106,8 +106,12 @@ class Cluster:
         node = Node(engine, server, replace(info, role=role))
         self.nodes[engine_id] = node
         await self.list(node.info)
-        await eventually(lambda: self.client._links.session(node.info) is not None)
+        await eventually(lambda: self._reached(node.info))
         return node
+
+    def _reached(self, info: EngineInfo) -> bool:
+        view = self.router.view(info.engine_id)
+        return view is not None and view.info.generation == info.generation
 
     async def split(self, *engine_ids: str) -> tuple[Node, Node]:
         """(the one of two engines that has got the first request, the other)."""
@@ -129,7 +133,7 @@ class Cluster:
     def nothing_left(self) -> None:
         """After a test: no request is in flight, and every booking was released."""
         assert self.client.in_flight == 0
-        assert self.client._attempts == {}
+        assert len(self.client.attempts) == 0
         for info in self.router.engines:
             view = self.router.view(info.engine_id)
             assert view is not None

@@ -49,21 +49,6 @@ class ToySession:
             self.node.put(MigrationOrdered(self.session_id, order))
 
 
-class ToyLinks:
-    """Stands for `EngineLinks`."""
-
-    def __init__(self) -> None:
-        self.sessions: dict[str, ToySession] = {}
-
-    def session(self, info: EngineInfo) -> ToySession | None:
-        session = self.sessions.get(info.engine_id)
-        known = session is not None and session.connected and session.info.generation == info.generation
-        return session if known else None
-
-    async def close(self) -> None:
-        self.sessions.clear()
-
-
 class ToyStream:
     """Reads one `generate` and keeps what came."""
 
@@ -121,11 +106,10 @@ class ToyService:
         self.network = LoopbackNetwork()
         self.nodes: dict[str, Node] = {}
         self.streams: dict[str, ToyStream] = {}
-        self.links = ToyLinks()
+        self.sessions: dict[str, ToySession] = {}  # stand for `EngineLinks`
         self.router = Router(RouterConfig(local_prefill_max_tokens=0), self.clock, random.Random(0))
         config = ClientConfig(max_resumes=100, park_s=1e6)
         self.client = ClusterClient(None, self.router, SECRET, "toy", config)  # type: ignore[arg-type]
-        self.client._links = self.links  # type: ignore[assignment]
         self._generations: dict[str, int] = {}
         self._session_ids = iter(range(1, 1 << 30))
 
@@ -145,7 +129,7 @@ class ToyService:
 
     def _connect(self, node: Node, info: EngineInfo) -> None:
         session = ToySession(next(self._session_ids), node, info)
-        self.links.sessions[node.name] = session
+        self.sessions[node.name] = session
         self.client.connected(session, info, node.worker.load(0.0))  # type: ignore[arg-type]
 
     def kill(self, name: str) -> None:
@@ -155,20 +139,20 @@ class ToyService:
 
     def reconnect(self, name: str) -> None:
         """The session breaks and comes back; the engine lives."""
-        session = self.links.sessions[name]
+        session = self.sessions[name]
         self._lose(name)
         self.nodes[name].put(Abort(session.session_id, None))
         self._connect(session.node, session.info)
 
     def _lose(self, name: str) -> None:
-        session = self.links.sessions[name]
+        session = self.sessions[name]
         if session.connected:
             session.connected = False
             self.client.lost(session, "lost by the test")  # type: ignore[arg-type]
 
     def set_state(self, name: str, state: EngineState) -> None:
         """What the registry says of an engine."""
-        session = self.links.sessions[name]
+        session = self.sessions[name]
         session.info = replace(session.info, state=state)
         self.client.changed(session.info)
 
@@ -183,13 +167,12 @@ class ToyService:
 
     def where(self, name: str, sample: int = 0) -> str | None:
         """The engine that decodes a sample, None while nobody does."""
-        flight = self.client._flights.get(name)
-        attempt = None if flight is None else flight.samples[sample].attempt
+        attempt = self.client.attempts.working_on(name, sample)
         return None if attempt is None or not attempt.decodes(sample) else attempt.second.info.engine_id
 
     def step(self, name: str) -> None:
         """One engine step; its answers wait in the downlink."""
-        node, session = self.nodes[name], self.links.sessions.get(name)
+        node, session = self.nodes[name], self.sessions.get(name)
         if not node.alive or session is None:
             return
         while node.inbox:
@@ -202,7 +185,7 @@ class ToyService:
 
     async def deliver(self, name: str) -> None:
         """What an engine has said arrives."""
-        session = self.links.sessions.get(name)
+        session = self.sessions.get(name)
         while session is not None and session.connected and session.downlink:
             outputs, load, notices = session.downlink.popleft()
             self.client.step(session, outputs, load)  # type: ignore[arg-type]
@@ -267,7 +250,7 @@ class ToyService:
             if node.alive:
                 node.assert_clean()
         assert self.client.in_flight == 0
-        assert self.client._attempts == {}
+        assert len(self.client.attempts) == 0
         assert len(self.client.migrations) == 0
         for info in self.router.engines:
             view = self.router.view(info.engine_id)

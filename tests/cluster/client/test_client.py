@@ -55,7 +55,7 @@ async def test_decode_overtaking_prefill_waits_for_the_first_token() -> None:
         await c["p0"].next_submit()
         c["d0"].tokens(request, [1])
         c["d0"].tokens(request, [2, 3], last=3)
-        await eventually(lambda: c.client._attempts["r1"].decoding)
+        await eventually(lambda: c.client.attempts.working_on("r1", 0).decoding)
         assert stream.outputs == []
         c["p0"].tokens(request, [0])
         await stream.end()

@@ -14,6 +14,7 @@ from kvbaton.cluster.client.links import EngineLinks
 from kvbaton.cluster.session.client import SessionClient
 from kvbaton.cluster.session.connection import SessionLimits
 from kvbaton.cluster.session.server import SessionServer
+from kvbaton.engine.orders import Notice
 from kvbaton.engine.request import TokenOutput
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
 from support.client_support import Stream, cluster, eventually, token_at, whole
@@ -26,12 +27,16 @@ class Recorder:
     def __init__(self) -> None:
         self.told: list[str] = []
         self.outputs: list[TokenOutput] = []
+        self.sessions: dict[str, SessionClient] = {}  # by the engine's id and generation: those that are up
 
     def step(self, session: SessionClient, outputs: list[TokenOutput], load: EngineLoad) -> None:
         self.outputs += outputs
 
+    def notice(self, session: SessionClient, notice: Notice) -> None: ...
+
     def connected(self, session: SessionClient, info: EngineInfo, load: EngineLoad) -> None:
         self.told.append(f"connected {info.engine_id}/{info.generation}")
+        self.sessions[f"{info.engine_id}/{info.generation}"] = session
 
     def changed(self, info: EngineInfo) -> None:
         self.told.append(f"changed {info.engine_id} {info.state}")
@@ -40,6 +45,7 @@ class Recorder:
         self.told.append(f"removed {engine_id}")
 
     def lost(self, client: SessionClient, reason: str) -> None:
+        del self.sessions[f"{client.info.engine_id}/{client.info.generation}"]
         self.told.append(f"lost {client.info.engine_id}/{client.info.generation}: {reason}")
 
 
@@ -54,9 +60,9 @@ async def test_cut_connection_is_renewed_and_its_request_goes_on() -> None:
         await c["h0"].next_submit()
         c["h0"].tokens(request, [0, 1])
         await stream.has(2)
-        session = c.client._links.session(c["h0"].info)
-        assert session is not None
-        session.drop("the network went away")
+        attempt = c.client.attempts.working_on("r1", 0)
+        assert attempt is not None
+        attempt.second.drop("the network went away")
         again = await c["h0"].next_submit(2)
         assert c["h0"].engine.lost == [1]
         assert again.request.emitted == (token_at(0, 0), token_at(0, 1))
@@ -75,10 +81,10 @@ async def test_engine_that_listens_late_is_met_then(caplog: pytest.LogCaptureFix
     info = make_info("e1", port)
     links.set_engines((info,))
     await eventually(lambda: "Connect call failed" in caplog.text)
-    assert links.session(info) is None
+    assert events.sessions == {}
     server = SessionServer(ScriptedEngine(), "127.0.0.1", port, SECRET, "e1", 1)
     await server.start()
-    await eventually(lambda: links.session(info) is not None)
+    await eventually(lambda: "e1/1" in events.sessions)
     assert events.told == ["connected e1/1"]
     warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 1  # not one a try
@@ -97,8 +103,8 @@ async def test_new_generation_at_the_same_address_is_met_afresh() -> None:
     await reborn.start()
     new = replace(old, generation=2)
     links.set_engines((new,))
-    await eventually(lambda: links.session(new) is not None)
-    assert links.session(old) is None
+    await eventually(lambda: "e1/2" in events.sessions)
+    assert list(events.sessions) == ["e1/2"]
     assert events.told == ["connected e1/1", "lost e1/1: closed by the peer", "removed e1", "connected e1/2"]
     await links.close()
     await reborn.close()
@@ -113,7 +119,7 @@ async def test_replacement_drops_a_session_that_still_stands() -> None:
     links.set_engines((old,))
     await eventually(lambda: len(events.told) == 1)
     links.set_engines((new,))
-    await eventually(lambda: links.session(new) is not None)
+    await eventually(lambda: "e1/2" in events.sessions)
     assert "lost e1/1: engine e1 was replaced by generation 2" in events.told
     await links.close()
     await frozen.close()
@@ -137,7 +143,7 @@ async def test_unfit_engine_is_dropped_with_the_reason(changes: dict[str, object
     links.set_engines(() if changes is None else (replace(info, **changes),))  # type: ignore[arg-type]
     await eventually(lambda: f"lost e1/1: {told}" in events.told)
     links.set_engines((info,))
-    await eventually(lambda: links.session(info) is not None)
+    await eventually(lambda: "e1/1" in events.sessions)
     await links.close()
     await server.close()
 
@@ -148,10 +154,10 @@ async def test_change_of_role_keeps_the_session() -> None:
     server, info = await start_server(ScriptedEngine())
     links.set_engines((info,))
     await eventually(lambda: len(events.told) == 1)
-    session = links.session(info)
+    session = events.sessions["e1/1"]
     switched = replace(info, role=Role.PREFILL, state=EngineState.DRAINING)
     links.set_engines((switched,))
-    assert links.session(switched) is session
+    assert session.connected
     assert events.told == ["connected e1/1", "changed e1 draining"]
     await links.close()
     await server.close()
@@ -172,9 +178,8 @@ async def test_closing_flushes_the_last_aborts_and_leaves_no_task() -> None:
     links = make_links(events)
     server, info = await start_server(engine)
     links.set_engines((info,))
-    await eventually(lambda: links.session(info) is not None)
-    session = links.session(info)
-    assert session is not None
+    await eventually(lambda: "e1/1" in events.sessions)
+    session = events.sessions["e1/1"]
     for number in range(1000):
         session.abort(f"r{number}")
     await links.close()
@@ -190,7 +195,7 @@ async def test_two_ingresses_on_one_engine_do_not_mix() -> None:
         other_events = Recorder()
         other = make_links(other_events)
         other.set_engines((c["h0"].info,))
-        await eventually(lambda: other.session(c["h0"].info) is not None)
+        await eventually(lambda: "h0/1" in other_events.sessions)
         request = make_request(max_tokens=1)
         stream = Stream(c.client, request)
         await c["h0"].next_submit()

@@ -93,7 +93,7 @@ async def test_prefill_lost_with_a_first_token_that_decode_overtook() -> None:
         request = make_request(max_tokens=3)
         stream = await started(c, request)
         c["d0"].tokens(request, [1])
-        await eventually(lambda: c.client._attempts["r1"].decoding)
+        await eventually(lambda: c.client.attempts.working_on("r1", 0).decoding)
         await c["p0"].kill()
         again = await c["d0"].next_submit(2)
         assert (again.kind, again.request.emitted) == (LegKind.LOCAL, ())
