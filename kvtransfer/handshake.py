@@ -18,31 +18,33 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-import msgpack
+from msgspec import Meta, Struct
+from msgspec.structs import replace
 
+from kvbaton.kvtransfer.codec import WireError, convert, decode, pack, unpack
 from kvbaton.kvtransfer.messages import PeerAddress
-from kvbaton.kvtransfer.wire import PROTOCOL_VERSION, WireError, unpack_array
+from kvbaton.kvtransfer.wire import PROTOCOL_VERSION
 
 MAX_HELLO_BYTES = 64 << 10
+MAX_COMPATIBILITY_FIELDS = 128
 _NONCE_BYTES = 32
-_MAGIC = "kvbaton"
+_MAGIC: Literal["kvbaton"] = "kvbaton"
 
 
 class HandshakeRefused(Exception):
     """The peers do not fit or do not trust each other; the text is the reason that is reported."""
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
+class Hello(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Who an agent is, what its KV blocks mean (`compatibility`), and where its transport is reached (`blob`)."""
 
     address: PeerAddress
-    compatibility: tuple[tuple[str, str], ...]
+    compatibility: Annotated[tuple[tuple[str, str], ...], Meta(max_length=MAX_COMPATIBILITY_FIELDS)]
     blob: bytes
-    nonce: bytes = b""
+    nonce: Annotated[bytes, Meta(min_length=_NONCE_BYTES, max_length=_NONCE_BYTES)] = b""
 
 
 class _Kind(enum.IntEnum):
@@ -52,8 +54,18 @@ class _Kind(enum.IntEnum):
     REFUSE = 4
 
 
+class HandshakeFrame(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What travels: `body` is a packed Hello, empty in a PROOF, the reason in UTF-8 in a REFUSE."""
+
+    magic: Literal["kvbaton"]
+    version: int
+    kind: _Kind
+    body: bytes
+    mac: bytes
+
+
 @dataclass(frozen=True, slots=True)
-class Step:
+class HandshakeStep:
     """What to send now, and the peer's HELLO once it is trusted."""
 
     send: bytes | None = None
@@ -77,14 +89,15 @@ class Handshake:
         self._transcript = b""
         self._peer: Hello | None = None
 
-    def start(self) -> Step:
+    def start(self) -> HandshakeStep:
         """The initiator's first frame."""
         self._say_who_we_are()
-        return Step(send=self._frame(_Kind.HELLO, self._body, _digest(self._body)))
+        return HandshakeStep(send=self._frame(_Kind.HELLO, self._body, _digest(self._body)))
 
-    def receive(self, data: bytes | bytearray) -> Step:
+    def receive(self, data: bytes | bytearray) -> HandshakeStep:
         """Take the peer's next frame. Raises HandshakeRefused (also for a REFUSE frame) or WireError."""
-        kind, body, mac = _parse_frame(data)
+        frame = _parse_frame(data)
+        kind, body, mac = frame.kind, frame.body, frame.mac
         if kind is _Kind.REFUSE:
             raise HandshakeRefused(body.decode(errors="replace")[:1024])
         if self._initiator and kind is _Kind.HELLO_REPLY and not self._transcript:
@@ -93,28 +106,28 @@ class Handshake:
             return self._on_hello(body, mac)
         if not self._initiator and kind is _Kind.PROOF and self._peer is not None:
             self._verify(_Kind.PROOF, self._transcript, mac)
-            return Step(peer=self._peer)
+            return HandshakeStep(peer=self._peer)
         raise HandshakeRefused(f"unexpected {kind.name} in the handshake")
 
-    def _on_hello(self, body: bytes, mac: bytes) -> Step:
+    def _on_hello(self, body: bytes, mac: bytes) -> HandshakeStep:
         self._verify(_Kind.HELLO, _digest(body), mac)
-        peer = _unpack_hello(body)
+        peer = decode(body, Hello, MAX_HELLO_BYTES, 2 * MAX_COMPATIBILITY_FIELDS)
         self._admit(peer)
         self._say_who_we_are()
         self._transcript = _digest(body) + _digest(self._body)
         self._peer = peer
-        return Step(send=self._frame(_Kind.HELLO_REPLY, self._body, self._transcript))
+        return HandshakeStep(send=self._frame(_Kind.HELLO_REPLY, self._body, self._transcript))
 
-    def _on_reply(self, body: bytes, mac: bytes) -> Step:
+    def _on_reply(self, body: bytes, mac: bytes) -> HandshakeStep:
         transcript = _digest(self._body) + _digest(body)
         self._verify(_Kind.HELLO_REPLY, transcript, mac)
-        peer = _unpack_hello(body)
+        peer = decode(body, Hello, MAX_HELLO_BYTES, 2 * MAX_COMPATIBILITY_FIELDS)
         self._admit(peer)
         self._transcript = transcript
-        return Step(send=self._frame(_Kind.PROOF, b"", transcript), peer=peer)
+        return HandshakeStep(send=self._frame(_Kind.PROOF, b"", transcript), peer=peer)
 
     def _say_who_we_are(self) -> None:
-        self._body = _pack_hello(replace(self._make_own(), nonce=secrets.token_bytes(_NONCE_BYTES)))
+        self._body = pack(replace(self._make_own(), nonce=secrets.token_bytes(_NONCE_BYTES)))
 
     def _verify(self, kind: _Kind, covered: bytes, mac: bytes) -> None:
         if not hmac.compare_digest(self._mac(kind, covered), mac):
@@ -124,12 +137,12 @@ class Handshake:
         return hmac.digest(self._secret, b"kvbaton-kv:%d:" % kind + covered, "sha256")
 
     def _frame(self, kind: _Kind, body: bytes, covered: bytes) -> bytes:
-        return _pack([_MAGIC, PROTOCOL_VERSION, int(kind), body, self._mac(kind, covered)])
+        return pack(HandshakeFrame(_MAGIC, PROTOCOL_VERSION, kind, body, self._mac(kind, covered)))
 
 
 def refusal(reason: str) -> bytes:
     """The frame that tells a peer why it is turned away."""
-    return _pack([_MAGIC, PROTOCOL_VERSION, int(_Kind.REFUSE), reason.encode()[:1024], b""])
+    return pack(HandshakeFrame(_MAGIC, PROTOCOL_VERSION, _Kind.REFUSE, reason.encode()[:1024], b""))
 
 
 def check_compatible(own: tuple[tuple[str, str], ...], peer: tuple[tuple[str, str], ...]) -> None:
@@ -141,44 +154,17 @@ def check_compatible(own: tuple[tuple[str, str], ...], peer: tuple[tuple[str, st
             raise HandshakeRefused(f"incompatible engines: {name} is {here!r} here and {there!r} at the peer")
 
 
-def _parse_frame(data: bytes | bytearray) -> tuple[_Kind, bytes, bytes]:
-    parts = unpack_array(data, MAX_HELLO_BYTES, max_items=8)
-    if len(parts) < 2 or parts[0] != _MAGIC or type(parts[1]) is not int:
+def _parse_frame(data: bytes | bytearray) -> HandshakeFrame:
+    """The version is looked at first: what else another one says may have another shape."""
+    parts = unpack(data, MAX_HELLO_BYTES, max_items=8)
+    if type(parts) is not list or len(parts) < 2 or parts[0] != _MAGIC or type(parts[1]) is not int:
         raise WireError("not a kvbaton handshake")
     if parts[1] != PROTOCOL_VERSION:
         raise HandshakeRefused(
             f"incompatible engines: protocol version is {PROTOCOL_VERSION} here and {parts[1]} at the peer"
         )
-    if len(parts) != 5 or type(parts[3]) is not bytes or type(parts[4]) is not bytes:
-        raise WireError("malformed handshake frame")
-    try:
-        return _Kind(parts[2]), parts[3], parts[4]
-    except ValueError:
-        raise WireError(f"unknown handshake frame {parts[2]!r:.40}") from None
-
-
-def _pack_hello(hello: Hello) -> bytes:
-    a = hello.address
-    fields = [part for pair in hello.compatibility for part in pair]
-    return _pack([a.engine_id, a.generation, a.host, a.port, fields, hello.blob, hello.nonce])
-
-
-def _unpack_hello(body: bytes) -> Hello:
-    parts = unpack_array(body, MAX_HELLO_BYTES, max_items=256)
-    kinds = (str, int, str, int, list, bytes, bytes)
-    if len(parts) != len(kinds) or any(type(p) is not k for p, k in zip(parts, kinds, strict=True)):
-        raise WireError("malformed HELLO body")
-    engine_id, generation, host, port, fields, blob, nonce = parts
-    if len(fields) % 2 or any(type(f) is not str for f in fields) or len(nonce) != _NONCE_BYTES:
-        raise WireError("malformed HELLO body")
-    pairs = tuple(zip(fields[::2], fields[1::2], strict=True))
-    return Hello(PeerAddress(engine_id, generation, host, port), pairs, blob, nonce)
+    return convert(parts, HandshakeFrame)
 
 
 def _digest(body: bytes) -> bytes:
     return hashlib.sha256(body).digest()
-
-
-def _pack(parts: list[Any]) -> bytes:
-    packed: bytes = msgpack.packb(parts, use_bin_type=True)
-    return packed

@@ -16,17 +16,20 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import msgspec
+
+MAX_ID_CHARS = 256
 
 
-@dataclass(frozen=True, slots=True)
-class PeerAddress:
+class PeerAddress(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Where an engine's transfer agent listens. `generation` tells incarnations under one `engine_id` apart."""
 
-    engine_id: str
-    generation: int
-    host: str
-    port: int
+    engine_id: Annotated[str, msgspec.Meta(max_length=MAX_ID_CHARS)]
+    generation: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+    host: Annotated[str, msgspec.Meta(max_length=MAX_ID_CHARS)]
+    port: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +96,12 @@ class Released:
 
 
 class Cause(enum.Enum):
-    """What kind of end a hand-off came to before its time."""
+    """What kind of end a hand-off came to before its time. The numbers are the wire's."""
 
-    FAILED = "failed"
-    CANCELLED = "cancelled"  # the peer's worker gave it up; nothing is wrong
-    FINISHED = "finished"  # given up because nothing is left to hand over: every sample ended with its first token
-    CHECKSUM = "checksum"  # a block that landed here is not what was sent
+    FAILED = 0
+    CANCELLED = 1  # the peer's worker gave it up; nothing is wrong
+    FINISHED = 2  # given up because nothing is left to hand over: every sample ended with its first token
+    CHECKSUM = 3  # a block that landed here is not what was sent
 
 
 GivenUp = Literal[Cause.CANCELLED, Cause.FINISHED]  # what a worker may say when it cancels

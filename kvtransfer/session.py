@@ -13,12 +13,11 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Iterable
-from dataclasses import replace
 
 from kvbaton.kvtransfer.checksum import BlockSums
+from kvbaton.kvtransfer.codec import WireError
 from kvbaton.kvtransfer.crossed_offers import CrossedOffers
-from kvbaton.kvtransfer.frame_numbers import FrameNumbers
-from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, Step, refusal
+from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, HandshakeStep, refusal
 from kvbaton.kvtransfer.link import key_of
 from kvbaton.kvtransfer.messages import Cause, Event, Landing, Offer, Offered, PeerAddress
 from kvbaton.kvtransfer.meter import LinkMeter
@@ -30,20 +29,19 @@ from kvbaton.kvtransfer.states import IllegalTransition, SessionState
 from kvbaton.kvtransfer.transport import Channel, Operation, TransportError
 from kvbaton.kvtransfer.wire import (
     BLOCK_TAG,
-    MAX_REASON_CHARS,
     MAX_RENEW_HANDLES,
     AckMessage,
     BlocksMessage,
     CancelMessage,
     DoneMessage,
     FailMessage,
+    FrameNumbers,
     GrantMessage,
     Handle,
     Message,
     OfferMessage,
     RenewMessage,
     SumsMessage,
-    WireError,
 )
 
 log = logging.getLogger(__name__)
@@ -184,8 +182,6 @@ class Session:
         if self.state is SessionState.CONNECTING:
             self._backlog.append(message)
         elif self.state is SessionState.OPEN and self.peer is not None:
-            if isinstance(message, CancelMessage | FailMessage):
-                message = replace(message, reason=message.reason[:MAX_REASON_CHARS])
             self.messages += 1
             self.channel.send(self._frames.pack(message, self.peer))
 
@@ -226,7 +222,7 @@ class Session:
         self.messages += 1
         self._dispatch(message)
 
-    def _take_step(self, step: Step) -> None:
+    def _take_step(self, step: HandshakeStep) -> None:
         if step.send is not None:
             self.channel.send(step.send)
         if step.peer is not None:

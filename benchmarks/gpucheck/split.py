@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-NEEDED = ("ucxx", "msgpack")
+NEEDED = ("ucxx", "msgpack", "msgspec")
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 OUTPUTS = 24
 

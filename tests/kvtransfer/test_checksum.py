@@ -26,7 +26,7 @@ from kvbaton.kvtransfer.wire import (
     Handle,
     Message,
     SumsMessage,
-    decode,
+    decode_frame,
 )
 from kvbaton.settings import ConfigError
 from support.recording_link import RecordingLink
@@ -313,7 +313,7 @@ def test_without_checksums_a_corrupted_block_lands_unseen_and_nothing_is_spent()
 
 def messages_in(frames: list[bytes]) -> list[Message]:
     """Those of the open session: a handshake's frames begin with a word."""
-    return [decode(frame, 1 << 20).message for frame in frames if b"kvbaton" not in frame[:16]]
+    return [decode_frame(frame, 1 << 20).message for frame in frames if b"kvbaton" not in frame[:16]]
 
 
 def test_engines_that_disagree_refuse_each_other_and_name_the_field() -> None:

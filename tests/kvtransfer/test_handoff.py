@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from kvbaton.kvtransfer.messages import (
     Cause,
@@ -373,7 +374,7 @@ def test_an_offer_to_a_new_generation_leaves_the_old_session() -> None:
     rig.settle()
     assert kinds(prefill.take()) == [Failed, Released]
     assert kinds(reborn.take()) == [Offered]
-    old = replace(decode.agent.address())
+    old = decode.agent.address()
     prefill.agent.offer(offer(2, "stale"), old)
     rig.settle()
     assert "generation 1 of d is over" in str(prefill.take()[0])
@@ -381,7 +382,7 @@ def test_an_offer_to_a_new_generation_leaves_the_old_session() -> None:
 
 def test_an_address_where_another_incarnation_listens_is_refused() -> None:
     rig, prefill, decode = pair()
-    prefill.agent.offer(offer(2), replace(decode.agent.address(), generation=5))
+    prefill.agent.offer(offer(2), structs.replace(decode.agent.address(), generation=5))
     rig.settle()
     assert "expected d generation 5, met d generation 1" in str(prefill.take()[0])
     assert decode.take() == []

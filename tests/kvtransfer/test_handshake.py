@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+
 import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, Hello, check_compatible, refusal
+from kvbaton.kvtransfer.codec import WireError, pack, parts_of
+from kvbaton.kvtransfer.handshake import Handshake, HandshakeFrame, HandshakeRefused, Hello, check_compatible, refusal
 from kvbaton.kvtransfer.messages import PeerAddress
-from kvbaton.kvtransfer.wire import PROTOCOL_VERSION, WireError
+from kvbaton.kvtransfer.wire import PROTOCOL_VERSION
+from support.wire_cases import UNPACKABLE, Wrong, legal, sample, wrong
 
 FIELDS = (("model", "tiny"), ("dtype", "float32"))
 
@@ -151,16 +156,57 @@ def test_random_bytes_end_the_handshake_and_nothing_else(data: bytes) -> None:
         side(False).receive(data)
 
 
+def hello_of(body: bytes) -> bytes:
+    """A HELLO of a peer that has the secret, whatever it says with it."""
+    mac = hmac.digest(b"s", b"kvbaton-kv:1:" + hashlib.sha256(body).digest(), "sha256")
+    return bytes(msgpack.packb(["kvbaton", PROTOCOL_VERSION, 1, body, mac]))
+
+
+@given(legal(Hello, {}))
+def test_every_hello_comes_back_equal(hello: Hello) -> None:
+    heard: list[Hello] = []
+    own = Hello(PeerAddress("d", 1, "", 0), FIELDS, b"")
+    Handshake(b"s", False, lambda: own, heard.append).receive(hello_of(pack(hello)))
+    assert heard == [hello]
+
+
+@pytest.mark.parametrize("case", wrong(Hello, {}), ids=lambda case: case.label)
+def test_each_wrong_field_of_a_hello_is_refused_by_name(case: Wrong) -> None:
+    """A peer with the secret and a bug: the body is checked as strictly as the frame."""
+    with pytest.raises(WireError) as refused:
+        side(False).receive(hello_of(msgpack.packb(case.parts)))
+    assert any(name in str(refused.value) for name in case.names)
+
+
+FRAME = {"magic": "kvbaton", "version": PROTOCOL_VERSION}
+
+
+@pytest.mark.parametrize("case", wrong(HandshakeFrame, FRAME), ids=lambda case: case.label)
+def test_each_wrong_field_of_a_frame_is_refused(case: Wrong) -> None:
+    """By name, once it is known that this is a peer of the same version."""
+    with pytest.raises((WireError, HandshakeRefused)) as refused:
+        side(False).receive(msgpack.packb(case.parts))
+    strange = "not a kvbaton handshake" in str(refused.value) or "protocol version is" in str(refused.value)
+    assert strange == (case.parts[:2] != ["kvbaton", PROTOCOL_VERSION])
+    assert strange or any(name in str(refused.value) for name in case.names)
+
+
+@pytest.mark.parametrize("alien", UNPACKABLE, ids=repr)
+@pytest.mark.parametrize("field", range(5))
+def test_a_map_or_an_extension_type_is_refused_everywhere(field: int, alien: object) -> None:
+    parts = parts_of(sample(HandshakeFrame, FRAME))
+    body = parts_of(sample(Hello, {}))
+    parts[field], body[field % len(body)] = alien, alien
+    for data in (msgpack.packb(parts, datetime=True), hello_of(msgpack.packb(body, datetime=True))):
+        with pytest.raises(WireError, match="not msgpack"):
+            side(False).receive(data)
+
+
 @given(st.recursive(st.none() | st.integers() | st.text() | st.binary(), lambda s: st.lists(s), max_leaves=12))
 def test_any_body_under_the_right_secret_is_refused_or_decoded(body: object) -> None:
-    """A peer with the secret and a bug: the body's shape is checked as strictly as the frame's."""
-    import hashlib
-    import hmac
-
     packed = msgpack.packb(body) if _fits_msgpack(body) else b""
-    mac = hmac.digest(b"s", b"kvbaton-kv:1:" + hashlib.sha256(packed).digest(), "sha256")
     with pytest.raises(WireError):
-        side(False).receive(msgpack.packb(["kvbaton", PROTOCOL_VERSION, 1, packed, mac]))
+        side(False).receive(hello_of(packed))
 
 
 def _fits_msgpack(body: object) -> bool:

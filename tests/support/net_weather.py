@@ -13,16 +13,11 @@ from kvbaton.cluster.host.worker import Worker
 from kvbaton.engine.handoff_payload import encode_first_tokens
 from kvbaton.engine.kv.kv_manager import KVManager
 from kvbaton.kvtransfer.agent import TransferAgent
+from kvbaton.kvtransfer.codec import WireError, pack
 from kvbaton.kvtransfer.faults import Fault, FaultyChannel, FaultyTransport
 from kvbaton.kvtransfer.loopback import LoopbackChannel
 from kvbaton.kvtransfer.states import ReceiverState
-from kvbaton.kvtransfer.wire import (
-    DoneMessage,
-    Frame,
-    WireError,
-    decode,
-    encode,
-)
+from kvbaton.kvtransfer.wire import DoneMessage, Frame, decode_frame
 
 WRONG_TOKEN = encode_first_tokens({0: 1})
 
@@ -118,14 +113,14 @@ def old_words(agent: TransferAgent) -> bool:
         for number, receiver in enumerate(due, session._frames._received):
             done = DoneMessage(receiver.handle, len(receiver.landing.block_ids), WRONG_TOKEN)
             frame = Frame(number, session.peer.generation - 1, agent.address().generation, done)
-            _loopback(session.channel)._inbox.append(encode(frame))
+            _loopback(session.channel)._inbox.append(pack(frame))
             said = True
     return said
 
 
 def _is_done(data: bytes) -> bool:
     try:
-        return isinstance(decode(data, len(data)).message, DoneMessage)
+        return isinstance(decode_frame(data, len(data)).message, DoneMessage)
     except WireError:  # a frame of the handshake
         return False
 
