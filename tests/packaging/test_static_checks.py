@@ -1,17 +1,25 @@
-"""ruff and mypy as tests, so that `make test` and `.ci/run` are one and the same thing."""
+"""ruff and mypy as tests, so that `make test` and `.ci/run` are one and the same thing, and who else runs them."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-pytestmark = pytest.mark.process
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def lint_commands() -> list[str]:
+    """What `make lint` runs, in its order, without the folder of the tools: "ruff check ."."""
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)
+    assert recipe
+    return [line.strip().removeprefix("@").removeprefix("$(BIN)/") for line in recipe[1].splitlines()]
 
 
 def run_tool(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -21,14 +29,32 @@ def run_tool(*arguments: str, **variables: str) -> subprocess.CompletedProcess[s
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("arguments", [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",)])
-def test_static_check(arguments: tuple[str, ...]) -> None:
+@pytest.mark.process
+@pytest.mark.parametrize("command", lint_commands())
+def test_static_check(command: str) -> None:
     """Guards style, format and types (mypy --strict on the whole package)."""
-    pytest.importorskip(arguments[0])
-    result = run_tool(*arguments)
+    pytest.importorskip(command.split()[0])
+    result = run_tool(*command.split())
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_hooks_run_what_make_lint_runs() -> None:
+    """Guards against a commit that the hooks let through and `make lint` refuses, by other arguments or versions."""
+    repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repository["repo"] for repository in repositories] == ["local"]
+    hooks = repositories[0]["hooks"]
+    assert [hook["entry"] for hook in hooks] == [f".venv/bin/{command}" for command in lint_commands()]
+    assert {(hook["language"], hook["pass_filenames"]) for hook in hooks} == {("system", False)}
+
+
+def test_make_help_lists_every_target() -> None:
+    """Guards against a target that nobody finds, and a line about one that is gone."""
+    targets = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)
+    assert targets
+    assert sorted(re.findall(r"^#   make (\S+)  ", MAKEFILE, re.MULTILINE)) == sorted(targets[1].split())
+
+
+@pytest.mark.process
 def test_benchmarks_call_what_there_is() -> None:
     """Guards benchmarks, which no test runs whole, against functions that have changed under them."""
     pytest.importorskip("mypy")
@@ -39,6 +65,7 @@ def test_benchmarks_call_what_there_is() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.process
 def test_the_banned_api_rule_bites(tmp_path: Path) -> None:
     """Guards the configuration of ruff itself: a bare `import kernels` must be refused under our pyproject."""
     pytest.importorskip("ruff")
