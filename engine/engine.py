@@ -19,10 +19,10 @@ from kvbaton.engine.config import BatchConfig, CacheConfig, ConfigError, EngineC
 from kvbaton.engine.cuda_graphs import CudaCapture, DecodeGraphs, GraphSizes
 from kvbaton.engine.kv.kv_cache import KV_LAYOUT_VERSION, KVCache, KVGeometry
 from kvbaton.engine.kv.kv_manager import KVManager
-from kvbaton.engine.kv.memory import num_blocks_for, step_workspace_bytes, usable_model_len
+from kvbaton.engine.memory import num_blocks_for, step_workspace_bytes, usable_model_len
 from kvbaton.engine.model.decoder import Decoder
+from kvbaton.engine.model.loader import LoadedModel, load_model
 from kvbaton.engine.model.model_config import ModelConfig
-from kvbaton.engine.model.model_loader import LoadedModel, load_model
 from kvbaton.engine.model.native_decoder import native_decoder
 from kvbaton.engine.runner import ForwardPass, Runner
 from kvbaton.engine.sampling.device_sampler import DeviceSampler

@@ -16,9 +16,9 @@ from gpucheck.results import LoadResult
 from gpucheck.timing import Clock
 
 from kvbaton.engine.model.checkpoint import Checkpoint, load_weights, save_weights
+from kvbaton.engine.model.loader import resolve_dtype
 from kvbaton.engine.model.matrix import plain
 from kvbaton.engine.model.model_config import ModelConfig
-from kvbaton.engine.model.model_loader import resolve_dtype
 from kvbaton.engine.model.random_weights import random_weights
 from kvbaton.engine.model.weights import DecoderWeights, slots
 

@@ -19,8 +19,8 @@ from kvbaton.engine.engine import Engine
 from kvbaton.engine.greedy import generate
 from kvbaton.engine.model import moe as experts_module
 from kvbaton.engine.model.decoder import Decoder
+from kvbaton.engine.model.loader import LoadedModel, random_model, resolve_dtype
 from kvbaton.engine.model.model_config import ModelConfig, MoeConfig
-from kvbaton.engine.model.model_loader import LoadedModel, random_model, resolve_dtype
 from kvbaton.engine.model.weights import empty_weights, slots
 from kvbaton.engine.orders import LegKind, Submit, Submitted
 from kvbaton.engine.request import Request, SamplingParams

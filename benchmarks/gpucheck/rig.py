@@ -14,8 +14,8 @@ from kvbaton.engine.batch import ScheduledRow
 from kvbaton.engine.config import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE
 from kvbaton.engine.cuda_graphs import CudaCapture, DecodeGraphs, GraphSizes, Replay, run_again
 from kvbaton.engine.kv.kv_cache import KVCache, KVGeometry
+from kvbaton.engine.model.loader import random_model
 from kvbaton.engine.model.model_config import ModelConfig
-from kvbaton.engine.model.model_loader import random_model
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.engine.runner import Runner
 from kvbaton.engine.sampling.device_sampler import DeviceSampler

@@ -27,7 +27,7 @@ def wrong_tokens(device: torch.device) -> tuple[int, int]:
     """(tokens that differ, tokens compared), in float32."""
     sys.path.insert(0, str(TESTS))
     from kvbaton.engine.greedy import generate
-    from kvbaton.engine.model.model_loader import load_model
+    from kvbaton.engine.model.loader import load_model
     from kvbaton.engine.tiny import make_tiny, probe_prompts
 
     with tempfile.TemporaryDirectory() as folder:

@@ -23,7 +23,7 @@ from gpucheck.results import BlockResult, DecodeResult, PrefillResult, Skipped
 from gpucheck.rig import Rig
 
 from kvbaton.engine.greedy import generate
-from kvbaton.engine.model.model_loader import random_model
+from kvbaton.engine.model.loader import random_model
 from kvbaton.kernels.cpu import CpuKernels
 from support import gpu_parts
 

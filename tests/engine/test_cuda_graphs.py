@@ -26,7 +26,7 @@ from kvbaton.engine.cuda_graphs import (
 )
 from kvbaton.engine.engine import Engine
 from kvbaton.engine.kv.kv_cache import KVCache
-from kvbaton.engine.model.model_loader import load_model
+from kvbaton.engine.model.loader import load_model
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.engine.runner import Runner
 from kvbaton.engine.sampling.device_sampler import DeviceSampler

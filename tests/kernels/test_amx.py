@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from kvbaton.engine.greedy import generate
-from kvbaton.engine.model.model_loader import load_model
+from kvbaton.engine.model.loader import load_model
 from kvbaton.engine.model.native_decoder import NativeDecoder, native_decoder
 from kvbaton.engine.tiny import probe_prompts
 from kvbaton.kernels.cpu import CpuKernels, NativeAttention

@@ -136,7 +136,7 @@ def test_without_the_library_the_engine_runs_on_torch(tmp_path: Path) -> None:
         "import logging, sys, torch; logging.basicConfig(); torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
         "from kvbaton.engine.tiny import TinySpec, make_tiny, probe_prompts\n"
-        "from kvbaton.engine.model.model_loader import load_model\n"
+        "from kvbaton.engine.model.loader import load_model\n"
         "from kvbaton.engine.model.native_decoder import native_decoder\n"
         "from kvbaton.engine.greedy import generate\n"
         "folder = Path(sys.argv[1])\n"

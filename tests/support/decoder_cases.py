@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvbaton.engine.model.decoder import Decoder
+from kvbaton.engine.model.loader import random_model
 from kvbaton.engine.model.model_config import Architecture, ModelConfig, RopeConfig
-from kvbaton.engine.model.model_loader import random_model
 from kvbaton.engine.model.weights import slots
 from kvbaton.engine.runner import ForwardPass
 from kvbaton.kernels.meta import AttentionMeta, build_attention_meta

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvbaton.engine.greedy import generate
-from kvbaton.engine.model.model_loader import LoadedModel, load_model, random_model
+from kvbaton.engine.model.loader import LoadedModel, load_model, random_model
 from kvbaton.kernels.meta import build_attention_meta
 from support.oracle import FAMILIES, TinyModels, oracle_logits, prompts
 

@@ -12,8 +12,8 @@ import torch
 
 from kvbaton.engine.greedy import generate
 from kvbaton.engine.model.decoder import Decoder
+from kvbaton.engine.model.loader import LoadedModel, load_model
 from kvbaton.engine.model.model_config import RopeConfig
-from kvbaton.engine.model.model_loader import LoadedModel, load_model
 from kvbaton.engine.tiny import MIN_DISTINCT, MIN_GAP
 from kvbaton.kernels.cpu import CpuKernels
 from kvbaton.kernels.meta import build_attention_meta

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvbaton.engine.model.model_loader import load_model
+from kvbaton.engine.model.loader import load_model
 from kvbaton.engine.text.tokenizer import Tokenizer
 from kvbaton.engine.tiny import NoGoodSeed, TinySpec, main, make_tiny, probe_prompts
 from support.oracle import FAMILIES, TinyModels

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from kvbaton.engine.model.checkpoint import Checkpoint
 from kvbaton.engine.model.decoder import Decoder
 from kvbaton.engine.model.hf_config import load_model_config
-from kvbaton.engine.model.model_loader import load_model
+from kvbaton.engine.model.loader import load_model
 from kvbaton.kernels.meta import build_attention_meta
 from support.oracle import reference_model
 
