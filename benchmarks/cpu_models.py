@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from kvbaton.engine.model.checkpoint import save_weights
 from kvbaton.engine.model.hf_config import load_model_config
+from kvbaton.engine.model.loader import save_weights
 from kvbaton.engine.model.model_config import ModelConfig
 from kvbaton.engine.model.random_weights import random_weights
 

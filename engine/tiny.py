@@ -22,14 +22,12 @@ import torch
 
 from kvbaton.engine.config import ConfigError
 from kvbaton.engine.greedy import generate
-from kvbaton.engine.model.checkpoint import save_weights
 from kvbaton.engine.model.decoder import Decoder
 from kvbaton.engine.model.hf_config import load_model_config
-from kvbaton.engine.model.loader import resolve_dtype
-from kvbaton.engine.model.matrix import plain
+from kvbaton.engine.model.loader import resolve_dtype, save_weights
 from kvbaton.engine.model.model_config import ModelConfig
 from kvbaton.engine.model.random_weights import random_weights
-from kvbaton.engine.model.weights import DecoderWeights
+from kvbaton.engine.model.weights import DecoderWeights, plain
 from kvbaton.engine.text.tiny_tokenizer import NUM_PLAIN, SpecialIds, plain_text_ids, save_tokenizer
 from kvbaton.kernels.backend import kernels_for
 

@@ -15,12 +15,11 @@ from gpucheck.checks import CheckResult
 from gpucheck.results import LoadResult
 from gpucheck.timing import Clock
 
-from kvbaton.engine.model.checkpoint import Checkpoint, load_weights, save_weights
-from kvbaton.engine.model.loader import resolve_dtype
-from kvbaton.engine.model.matrix import plain
+from kvbaton.engine.model.checkpoint import Checkpoint
+from kvbaton.engine.model.loader import load_weights, resolve_dtype, save_weights
 from kvbaton.engine.model.model_config import ModelConfig
 from kvbaton.engine.model.random_weights import random_weights
-from kvbaton.engine.model.weights import DecoderWeights, slots
+from kvbaton.engine.model.weights import DecoderWeights, plain, slots
 
 
 def load(config: ModelConfig, name: str, clock: Clock) -> Iterator[LoadResult | CheckResult]:

@@ -13,9 +13,9 @@ from kvbaton.cluster.launch.ports import check_port
 from kvbaton.cluster.store.redis_store import RedisStore
 from kvbaton.cluster.store.store import StoreAddress, StoreUnavailable
 from kvbaton.engine.config import ConfigError, EngineConfig
+from kvbaton.engine.model.checkpoint import check_weight_files
 from kvbaton.engine.model.hf_config import check_quantization, load_model_config
 from kvbaton.engine.model.model_config import ModelConfig
-from kvbaton.engine.model.weight_files import check_weight_files
 from kvbaton.engine.text.tokenizer import check_tokenizer
 from kvbaton.kvtransfer.settings import CHECKSUM_OFF, TransferSettings
 

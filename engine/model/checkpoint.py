@@ -1,32 +1,26 @@
-"""Safetensors folders: which tensors they hold, loading them into the decoder's buffers, and a digest of their bytes.
+"""The safetensors files of a model folder: which they are, whether they are whole, what they hold, and a digest of it.
 
-Files are memory-mapped and each tensor is copied once, straight into its slot on the device and in its dtype, or
-quantized into it a few rows at a time: no second copy of the model ever exists. Names and shapes are all checked before
-the first byte is copied.
+Imports without torch, so that a folder can be checked before anything heavy is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 
 from kvbaton.engine.config import ConfigError
-from kvbaton.engine.model.hf_config import DTYPES
 from kvbaton.engine.model.json_fields import JsonFields
-from kvbaton.engine.model.matrix import plain
-from kvbaton.engine.model.model_config import ModelConfig
-from kvbaton.engine.model.weight_files import SINGLE_FILE, open_weights, weight_files
-from kvbaton.engine.model.weights import DecoderWeights, ExpertNaming, Slot, empty_weights, slots, tie
 
-_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 _SAMPLE_BYTES = 512
-_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,28 +76,47 @@ class Checkpoint:
         return state.hexdigest()
 
 
-def fingerprint(config: ModelConfig, weights_digest: str) -> str:
-    """What two engines compare before they exchange KV: equal exactly when model and weights are (samples of them)."""
-    return hashlib.blake2b(f"{config.digest()} {weights_digest}".encode(), digest_size=16).hexdigest()
+def check_weight_files(folder: Path) -> None:
+    """Raise `ConfigError` for a file that is missing, cut short or no safetensors; reads their headers only."""
+    for path in weight_files(folder):
+        with open_weights(path, framework="numpy"):
+            pass
 
 
-def load_weights(
-    config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, quantization: str = "none"
-) -> DecoderWeights:
-    """The model's weights on `device` in `dtype`, its matrices quantized from the values as they are stored.
+def weight_files(folder: Path) -> list[Path]:
+    """The single file where there is one, as transformers chooses. Raises `ConfigError`."""
+    if (folder / SINGLE_FILE).exists():
+        return [folder / SINGLE_FILE]
+    if (folder / INDEX_FILE).exists():
+        return _sharded_files(folder)
+    if any(folder.glob("*.bin")):
+        raise ConfigError(f"{folder} holds pickled weights (*.bin), which are not supported; supported: safetensors")
+    raise ConfigError(f"{folder / SINGLE_FILE} is missing, and so is {INDEX_FILE}")
 
-    Raises `ConfigError` for missing, unexpected or misshapen tensors.
-    """
-    weights = empty_weights(config, dtype, device, quantization)
-    by_name = {slot.name: slot for slot in slots(config, weights, _expert_naming(checkpoint))}
-    _check_names(config, checkpoint, frozenset(by_name))
-    for tensor in checkpoint.tensors:
-        if tensor.name in by_name:
-            _check_tensor(tensor, by_name[tensor.name])
-    for path in sorted({tensor.file for tensor in checkpoint.tensors}):
-        _copy_file(path, [by_name[t.name] for t in checkpoint.tensors if t.file == path and t.name in by_name])
-    tie(config, weights)
-    return weights
+
+def _sharded_files(folder: Path) -> list[Path]:
+    index = JsonFields.read(folder / INDEX_FILE)
+    weight_map = index.section("weight_map")
+    if weight_map is None:
+        raise index.error("weight_map is missing")
+    names = {weight_map.string(name) for name in weight_map.names()}
+    for name in names:
+        if Path(name).name != name:
+            raise index.error(f"weight_map names {name!r}, which is not a file of this folder")
+        if not (folder / name).exists():
+            raise ConfigError(f"{folder / name} is missing; {INDEX_FILE} names it")
+    return [folder / name for name in sorted(names)]
+
+
+@contextmanager
+def open_weights(path: Path, framework: str = "pt") -> Iterator[Any]:
+    """The open file; raises `ConfigError` unless its header is readable and it has as many bytes as that says."""
+    try:
+        handle = safe_open(path, framework=framework, device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{path} is not a readable safetensors file: {error}") from error
+    with handle as opened:
+        yield opened
 
 
 def _read_header(path: Path) -> Iterator[StoredTensor]:
@@ -120,51 +133,3 @@ def _read_header(path: Path) -> Iterator[StoredTensor]:
         begin, end = entry.integers("data_offsets")
         shape = entry.integers("shape")
         yield StoredTensor(name, path, entry.string("dtype"), shape, 8 + header_bytes + begin, end - begin)
-
-
-def _expert_naming(checkpoint: Checkpoint) -> ExpertNaming:
-    stacked = any(name.endswith(".mlp.experts.gate_up_proj") for name in checkpoint.names)
-    return ExpertNaming.STACKED if stacked else ExpertNaming.PER_EXPERT
-
-
-def _check_names(config: ModelConfig, checkpoint: Checkpoint, expected: frozenset[str]) -> None:
-    found = frozenset(name for name in checkpoint.names if not name.endswith(".rotary_emb.inv_freq"))
-    if config.tie_word_embeddings:
-        found -= {"lm_head.weight"}
-    missing, unexpected = expected - found, found - expected
-    if missing:
-        raise ConfigError(f"{checkpoint.folder} lacks {_some(missing)} of a {config.architecture}")
-    if unexpected:
-        raise ConfigError(f"{checkpoint.folder} holds unexpected {_some(unexpected)} for a {config.architecture}")
-
-
-def _some(names: frozenset[str]) -> str:
-    shown = ", ".join(sorted(names)[:_NAMES_SHOWN])
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return f"{'tensor' if len(names) == 1 else f'{len(names)} tensors:'} {shown}{more}"
-
-
-def _check_tensor(tensor: StoredTensor, slot: Slot) -> None:
-    if tensor.dtype not in _FLOATS:
-        raise ConfigError(
-            f"{tensor.file}: {tensor.name} is {tensor.dtype}, which is not supported; supported: {', '.join(DTYPES)}"
-        )
-    if tensor.shape != tuple(slot.target.shape):
-        raise ConfigError(
-            f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, config.json says {list(slot.target.shape)}"
-        )
-
-
-def _copy_file(path: Path, targets: list[Slot]) -> None:
-    with open_weights(path) as handle:
-        for slot in targets:
-            try:
-                slot.target.copy_(handle.get_tensor(slot.name))
-            except ValueError as error:
-                raise ConfigError(f"{path}: {slot.name} cannot be quantized: it {error}") from None
-
-
-def save_weights(folder: Path, config: ModelConfig, weights: DecoderWeights, dtype: torch.dtype) -> None:
-    """Write model.safetensors in `dtype`, under the names that hub checkpoints use."""
-    tensors = {slot.name: plain(slot.target).to("cpu", dtype, copy=True) for slot in slots(config, weights)}
-    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})

@@ -1,25 +1,43 @@
-"""From a folder, or from nothing but a config, to a decoder on its device."""
+"""From a folder, or from nothing but a config, to a decoder on its device.
+
+A checkpoint's files are memory-mapped and each tensor is copied once, straight into its slot on the device and in its
+dtype, or quantized into it a few rows at a time: no second copy of the model ever exists. Names and shapes are all
+checked before the first byte is copied.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from kvbaton.engine.config import ConfigError
-from kvbaton.engine.model.checkpoint import Checkpoint, fingerprint, load_weights
+from kvbaton.engine.model.checkpoint import SINGLE_FILE, Checkpoint, StoredTensor, open_weights
 from kvbaton.engine.model.decoder import Decoder
 from kvbaton.engine.model.hf_config import DTYPES, load_model_config
 from kvbaton.engine.model.model_config import ModelConfig
 from kvbaton.engine.model.random_weights import random_digest, random_weights
+from kvbaton.engine.model.weights import (
+    DecoderWeights,
+    ExpertNaming,
+    WeightSlot,
+    empty_weights,
+    plain,
+    slots,
+    tie,
+)
 from kvbaton.kernels.backend import kernels_for
 
 log = logging.getLogger(__name__)
 
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED_FLOATS = ("F32", "BF16", "F16")
+_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +89,75 @@ def resolve_dtype(config: ModelConfig, name: str) -> torch.dtype:
     if chosen not in _TORCH_DTYPES:
         raise ConfigError(f"dtype {name!r} is not supported; supported: auto, {', '.join(DTYPES)}")
     return _TORCH_DTYPES[chosen]
+
+
+def load_weights(
+    config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, quantization: str = "none"
+) -> DecoderWeights:
+    """The model's weights on `device` in `dtype`, its matrices quantized from the values as they are stored.
+
+    Raises `ConfigError` for missing, unexpected or misshapen tensors.
+    """
+    weights = empty_weights(config, dtype, device, quantization)
+    by_name = {slot.name: slot for slot in slots(config, weights, _expert_naming(checkpoint))}
+    _check_names(config, checkpoint, frozenset(by_name))
+    for tensor in checkpoint.tensors:
+        if tensor.name in by_name:
+            _check_tensor(tensor, by_name[tensor.name])
+    for path in sorted({tensor.file for tensor in checkpoint.tensors}):
+        _copy_file(path, [by_name[t.name] for t in checkpoint.tensors if t.file == path and t.name in by_name])
+    tie(config, weights)
+    return weights
+
+
+def save_weights(folder: Path, config: ModelConfig, weights: DecoderWeights, dtype: torch.dtype) -> None:
+    """Write model.safetensors in `dtype`, under the names that hub checkpoints use."""
+    tensors = {slot.name: plain(slot.target).to("cpu", dtype, copy=True) for slot in slots(config, weights)}
+    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
+
+
+def fingerprint(config: ModelConfig, weights_digest: str) -> str:
+    """What two engines compare before they exchange KV: equal exactly when model and weights are (samples of them)."""
+    return hashlib.blake2b(f"{config.digest()} {weights_digest}".encode(), digest_size=16).hexdigest()
+
+
+def _expert_naming(checkpoint: Checkpoint) -> ExpertNaming:
+    stacked = any(name.endswith(".mlp.experts.gate_up_proj") for name in checkpoint.names)
+    return ExpertNaming.STACKED if stacked else ExpertNaming.PER_EXPERT
+
+
+def _check_names(config: ModelConfig, checkpoint: Checkpoint, expected: frozenset[str]) -> None:
+    found = frozenset(name for name in checkpoint.names if not name.endswith(".rotary_emb.inv_freq"))
+    if config.tie_word_embeddings:
+        found -= {"lm_head.weight"}
+    missing, unexpected = expected - found, found - expected
+    if missing:
+        raise ConfigError(f"{checkpoint.folder} lacks {_some(missing)} of a {config.architecture}")
+    if unexpected:
+        raise ConfigError(f"{checkpoint.folder} holds unexpected {_some(unexpected)} for a {config.architecture}")
+
+
+def _some(names: frozenset[str]) -> str:
+    shown = ", ".join(sorted(names)[:_NAMES_SHOWN])
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return f"{'tensor' if len(names) == 1 else f'{len(names)} tensors:'} {shown}{more}"
+
+
+def _check_tensor(tensor: StoredTensor, slot: WeightSlot) -> None:
+    if tensor.dtype not in _STORED_FLOATS:
+        raise ConfigError(
+            f"{tensor.file}: {tensor.name} is {tensor.dtype}, which is not supported; supported: {', '.join(DTYPES)}"
+        )
+    if tensor.shape != tuple(slot.target.shape):
+        raise ConfigError(
+            f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, config.json says {list(slot.target.shape)}"
+        )
+
+
+def _copy_file(path: Path, targets: list[WeightSlot]) -> None:
+    with open_weights(path) as handle:
+        for slot in targets:
+            try:
+                slot.target.copy_(handle.get_tensor(slot.name))
+            except ValueError as error:
+                raise ConfigError(f"{path}: {slot.name} cannot be quantized: it {error}") from None

@@ -11,9 +11,8 @@ import math
 
 import torch
 
-from kvbaton.engine.model.matrix import Int8Matrix
 from kvbaton.engine.model.model_config import ModelConfig
-from kvbaton.engine.model.weights import DecoderWeights, Part, empty_weights, slots, tie
+from kvbaton.engine.model.weights import DecoderWeights, Int8Matrix, Part, empty_weights, slots, tie
 
 _GAINS = {Part.Q: 1.6, Part.K: 1.6, Part.V: 1.0, Part.GATE: 1.0, Part.UP: 1.0, Part.ROUTER: 3.0, Part.LM_HEAD: 5.0}
 _OUTPUT_GAIN = 2.0

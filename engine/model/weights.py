@@ -1,25 +1,68 @@
-"""The decoder's weights as plain tensors, with the projections that read the same input fused into one matrix.
+"""The decoder's weights, with the projections that read the same input fused into one matrix.
 
     qkv      [(num_heads + 2 * num_kv_heads) * head_dim, hidden]    q rows, then k, then v
     gate_up  [2 * intermediate, hidden]                              gate rows, then up
     experts  the same two with a leading [num_experts]
 
 `empty_weights` allocates; `slots` names every part of every buffer as Hugging Face checkpoints do. Loading, saving and
-random initialisation are all one walk over the slots, and `tie` at its end. A quantized model holds these matrices and
-`lm_head` as integers, and everything else, the embedding too, as it is.
+random initialisation are all one walk over the slots, and `tie` at its end.
+
+A matrix is a plain tensor, or 8-bit integers with a scale for each row. Both are filled by `copy_` and cut into rows by
+`row_parts`, so loading need not know which it fills. A quantized model holds the matrices above and `lm_head` as
+integers, and everything else, the embedding too, as it is.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from kvbaton.engine.model.hf_config import check_quantization
-from kvbaton.engine.model.matrix import Int8Matrix, Matrix, row_parts
 from kvbaton.engine.model.model_config import Architecture, ModelConfig, MoeConfig
+from kvbaton.kernels.quantization import quantize_into
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Matrix:
+    """Row o stands for weight[o] * scale[o]; see `kernels.quantization`."""
+
+    weight: torch.Tensor  # [out, in] int8
+    scale: torch.Tensor  # [out] float32
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, device: torch.device) -> Int8Matrix:
+        """Uninitialised."""
+        weight = torch.empty(rows, columns, dtype=torch.int8, device=device)
+        return cls(weight, torch.empty(rows, dtype=torch.float32, device=device))
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    def copy_(self, source: torch.Tensor) -> None:
+        """Quantize source [out, in] into this; raises ValueError for values that are not finite."""
+        quantize_into(source, self.weight, self.scale)
+
+
+Matrix = torch.Tensor | Int8Matrix
+
+
+def plain(matrix: Matrix) -> torch.Tensor:
+    """The tensor of a matrix that is none of integers; raises ValueError for one that is."""
+    if isinstance(matrix, Int8Matrix):
+        raise ValueError("the matrix is quantized: this needs the model's own weights")
+    return matrix
+
+
+def row_parts(matrix: Matrix, sizes: Sequence[int]) -> list[Matrix]:
+    """Views of `sizes` rows each, in order."""
+    if isinstance(matrix, Int8Matrix):
+        parts = zip(torch.split(matrix.weight, list(sizes)), torch.split(matrix.scale, list(sizes)), strict=True)
+        return [Int8Matrix(weight, scale) for weight, scale in parts]
+    return list(torch.split(matrix, list(sizes)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +129,7 @@ class Part(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class WeightSlot:
     """`target` is a view: `copy_` fills that part of a fused buffer. A checkpoint's tensor has its shape."""
 
     name: str
@@ -164,23 +207,23 @@ class ExpertNaming(enum.Enum):
 
 def slots(
     config: ModelConfig, weights: DecoderWeights, naming: ExpertNaming = ExpertNaming.PER_EXPERT
-) -> Iterator[Slot]:
+) -> Iterator[WeightSlot]:
     """Every tensor of a checkpoint exactly once; a tied `lm_head` is not among them."""
-    yield Slot("model.embed_tokens.weight", weights.embed, Part.EMBED)
+    yield WeightSlot("model.embed_tokens.weight", weights.embed, Part.EMBED)
     for index, layer in enumerate(weights.layers):
         prefix = f"model.layers.{index}"
-        yield Slot(f"{prefix}.input_layernorm.weight", layer.input_norm, Part.NORM)
+        yield WeightSlot(f"{prefix}.input_layernorm.weight", layer.input_norm, Part.NORM)
         yield from _attention_slots(f"{prefix}.self_attn", config, layer.attention)
-        yield Slot(f"{prefix}.post_attention_layernorm.weight", layer.post_norm, Part.NORM)
+        yield WeightSlot(f"{prefix}.post_attention_layernorm.weight", layer.post_norm, Part.NORM)
         if isinstance(layer.mlp, MlpWeights):
             yield from _mlp_slots(f"{prefix}.mlp", layer.mlp)
         elif naming is ExpertNaming.STACKED:
             yield from _stacked_expert_slots(f"{prefix}.mlp", layer.mlp)
         else:
             yield from _expert_slots(prefix, config, layer.mlp)
-    yield Slot("model.norm.weight", weights.norm, Part.NORM)
+    yield WeightSlot("model.norm.weight", weights.norm, Part.NORM)
     if not config.tie_word_embeddings:
-        yield Slot("lm_head.weight", weights.lm_head, Part.LM_HEAD)
+        yield WeightSlot("lm_head.weight", weights.lm_head, Part.LM_HEAD)
 
 
 def tie(config: ModelConfig, weights: DecoderWeights) -> None:
@@ -189,47 +232,47 @@ def tie(config: ModelConfig, weights: DecoderWeights) -> None:
         weights.lm_head.copy_(weights.embed)
 
 
-def _attention_slots(prefix: str, config: ModelConfig, attention: AttentionWeights) -> Iterator[Slot]:
+def _attention_slots(prefix: str, config: ModelConfig, attention: AttentionWeights) -> Iterator[WeightSlot]:
     sizes = [config.q_size, config.kv_size, config.kv_size]
     projections = (("q_proj", Part.Q), ("k_proj", Part.K), ("v_proj", Part.V))
     for (name, part), rows in zip(projections, row_parts(attention.qkv, sizes), strict=True):
-        yield Slot(f"{prefix}.{name}.weight", rows, part)
+        yield WeightSlot(f"{prefix}.{name}.weight", rows, part)
     if attention.qkv_bias is not None:
         for (name, _), rows in zip(projections, torch.split(attention.qkv_bias, sizes), strict=True):
-            yield Slot(f"{prefix}.{name}.bias", rows, Part.BIAS)
-    yield Slot(f"{prefix}.o_proj.weight", attention.out, Part.OUT)
+            yield WeightSlot(f"{prefix}.{name}.bias", rows, Part.BIAS)
+    yield WeightSlot(f"{prefix}.o_proj.weight", attention.out, Part.OUT)
     if attention.out_bias is not None:
-        yield Slot(f"{prefix}.o_proj.bias", attention.out_bias, Part.BIAS)
+        yield WeightSlot(f"{prefix}.o_proj.bias", attention.out_bias, Part.BIAS)
     if attention.q_norm is not None and attention.k_norm is not None:
-        yield Slot(f"{prefix}.q_norm.weight", attention.q_norm, Part.QK_NORM)
-        yield Slot(f"{prefix}.k_norm.weight", attention.k_norm, Part.QK_NORM)
+        yield WeightSlot(f"{prefix}.q_norm.weight", attention.q_norm, Part.QK_NORM)
+        yield WeightSlot(f"{prefix}.k_norm.weight", attention.k_norm, Part.QK_NORM)
 
 
-def _mlp_slots(prefix: str, mlp: MlpWeights) -> Iterator[Slot]:
+def _mlp_slots(prefix: str, mlp: MlpWeights) -> Iterator[WeightSlot]:
     gate, up = row_parts(mlp.gate_up, [mlp.gate_up.shape[0] // 2] * 2)
-    yield Slot(f"{prefix}.gate_proj.weight", gate, Part.GATE)
-    yield Slot(f"{prefix}.up_proj.weight", up, Part.UP)
-    yield Slot(f"{prefix}.down_proj.weight", mlp.down, Part.DOWN)
+    yield WeightSlot(f"{prefix}.gate_proj.weight", gate, Part.GATE)
+    yield WeightSlot(f"{prefix}.up_proj.weight", up, Part.UP)
+    yield WeightSlot(f"{prefix}.down_proj.weight", mlp.down, Part.DOWN)
     if mlp.gate_up_bias is not None and mlp.down_bias is not None:
         gate_bias, up_bias = mlp.gate_up_bias.chunk(2)
-        yield Slot(f"{prefix}.gate_proj.bias", gate_bias, Part.BIAS)
-        yield Slot(f"{prefix}.up_proj.bias", up_bias, Part.BIAS)
-        yield Slot(f"{prefix}.down_proj.bias", mlp.down_bias, Part.BIAS)
+        yield WeightSlot(f"{prefix}.gate_proj.bias", gate_bias, Part.BIAS)
+        yield WeightSlot(f"{prefix}.up_proj.bias", up_bias, Part.BIAS)
+        yield WeightSlot(f"{prefix}.down_proj.bias", mlp.down_bias, Part.BIAS)
 
 
-def _expert_slots(layer: str, config: ModelConfig, moe: MoeWeights) -> Iterator[Slot]:
+def _expert_slots(layer: str, config: ModelConfig, moe: MoeWeights) -> Iterator[WeightSlot]:
     mixtral = config.architecture is Architecture.MIXTRAL
     prefix = f"{layer}.block_sparse_moe" if mixtral else f"{layer}.mlp"
     gate_name, up_name, down_name = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-    yield Slot(f"{prefix}.gate.weight", moe.router, Part.ROUTER)
+    yield WeightSlot(f"{prefix}.gate.weight", moe.router, Part.ROUTER)
     for expert, (gate_up, down) in enumerate(zip(moe.gate_up, moe.down, strict=True)):
         gate, up = gate_up.chunk(2)
-        yield Slot(f"{prefix}.experts.{expert}.{gate_name}.weight", gate, Part.GATE)
-        yield Slot(f"{prefix}.experts.{expert}.{up_name}.weight", up, Part.UP)
-        yield Slot(f"{prefix}.experts.{expert}.{down_name}.weight", down, Part.DOWN)
+        yield WeightSlot(f"{prefix}.experts.{expert}.{gate_name}.weight", gate, Part.GATE)
+        yield WeightSlot(f"{prefix}.experts.{expert}.{up_name}.weight", up, Part.UP)
+        yield WeightSlot(f"{prefix}.experts.{expert}.{down_name}.weight", down, Part.DOWN)
 
 
-def _stacked_expert_slots(prefix: str, moe: MoeWeights) -> Iterator[Slot]:
-    yield Slot(f"{prefix}.gate.weight", moe.router, Part.ROUTER)
-    yield Slot(f"{prefix}.experts.gate_up_proj", moe.gate_up, Part.GATE)
-    yield Slot(f"{prefix}.experts.down_proj", moe.down, Part.DOWN)
+def _stacked_expert_slots(prefix: str, moe: MoeWeights) -> Iterator[WeightSlot]:
+    yield WeightSlot(f"{prefix}.gate.weight", moe.router, Part.ROUTER)
+    yield WeightSlot(f"{prefix}.experts.gate_up_proj", moe.gate_up, Part.GATE)
+    yield WeightSlot(f"{prefix}.experts.down_proj", moe.down, Part.DOWN)

@@ -18,8 +18,7 @@ from kvbaton.engine.config import CacheConfig, ConfigError, EngineConfig
 from kvbaton.engine.engine import Engine
 from kvbaton.engine.model.hf_config import load_model_config
 from kvbaton.engine.model.loader import load_model, random_model
-from kvbaton.engine.model.matrix import Int8Matrix
-from kvbaton.engine.model.weights import empty_weights, slots
+from kvbaton.engine.model.weights import Int8Matrix, empty_weights, slots
 from kvbaton.kernels import quantization as eight_bits
 from support.engine_driver import EngineDriver
 from support.oracle import TinyModels, oracle_logits, prompts

@@ -7,10 +7,9 @@ import torch
 
 from kvbaton.engine.model.decoder import Decoder
 from kvbaton.engine.model.loader import random_model
-from kvbaton.engine.model.matrix import Int8Matrix, Matrix, plain
 from kvbaton.engine.model.model_config import ModelConfig
 from kvbaton.engine.model.native_decoder import NativeDecoder, native_decoder
-from kvbaton.engine.model.weights import slots
+from kvbaton.engine.model.weights import Int8Matrix, Matrix, plain, slots
 from kvbaton.kernels.native_lib import native_library
 from support.decoder_cases import CONFIGS, CPU, assert_alone_as_in_company, make_step
 
