@@ -184,7 +184,7 @@ class Case:
         config = bench.engine.model_config
         drawn = config.vocab_size * config.hidden_size
         inner = matrix_elements(config) - drawn
-        bytes_read = (inner + drawn) * bench.weight_bytes + self.context * config.kv_bytes_per_token(BYTES[dtype])
+        bytes_read = (inner + drawn) * bench.weight_bytes + self.context * bench.engine.geometry.token_bytes
         attention = 4 * config.num_layers * config.q_size * self.context * self.tokens / self.sequences
         operations = 2 * (inner * self.tokens + drawn * self.sequences) + attention
         return max(bytes_read / top.read, operations / top.multiply)

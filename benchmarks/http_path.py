@@ -80,7 +80,7 @@ class TickingClient:
 def make_service(client: TickingClient, max_model_len: int) -> Service:
     with tempfile.TemporaryDirectory() as folder:
         special = save_tokenizer(Path(folder), max_model_len)
-        tokenizer = Tokenizer(PreTrainedTokenizerFast.from_pretrained(folder), (special.im_end,))
+        tokenizer = Tokenizer(PreTrainedTokenizerFast.from_pretrained(folder))
     card = ModelCard("tiny", VOCAB_SIZE, max_model_len, (special.im_end,))
     return Service(client=client, tokenizer=tokenizer, model=card, version="bench")
 

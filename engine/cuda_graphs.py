@@ -275,7 +275,6 @@ class DecodeGraphs:
             num_decodes=size,
             query_lens=(1,) * size,
             context_lens_host=(longest,) * size,
-            max_query_len=1,
             max_context_len=longest,
             block_size=self._block_size,
         )

@@ -31,7 +31,6 @@ class AttentionMeta:
     num_decodes: int
     query_lens: tuple[int, ...]
     context_lens_host: tuple[int, ...]
-    max_query_len: int
     max_context_len: int
     block_size: int
 
@@ -77,7 +76,6 @@ def build_attention_meta(
         num_decodes=_leading_ones(q),
         query_lens=tuple(query_lens),
         context_lens_host=tuple(context_lens),
-        max_query_len=int(q.max(initial=0)),
         max_context_len=int(c.max(initial=0)),
         block_size=block_size,
     )

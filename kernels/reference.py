@@ -139,20 +139,6 @@ def _attend(
     return torch.einsum("hqk,hkd->qhd", weights, v).to(q.dtype)
 
 
-def paged_decode_attention(
-    q: torch.Tensor,
-    kv_cache: torch.Tensor,
-    layer: int,
-    block_tables: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    sliding_window: int | None,
-) -> torch.Tensor:
-    """q [num_seqs, num_heads, head_dim], one query a sequence, at position context_len - 1 -> same shape."""
-    cu_seqlens_q = torch.arange(q.shape[0] + 1, device=q.device)
-    return ragged_prefill_attention(q, kv_cache, layer, block_tables, cu_seqlens_q, context_lens, scale, sliding_window)
-
-
 def paged_attention(
     q: torch.Tensor,
     kv_cache: torch.Tensor,

@@ -22,7 +22,7 @@ class TritonKernels:
     def __init__(self, max_gathered_tokens: int = 0) -> None:
         """Prompt chunks attend by torch's flash attention, see `torch_prefill`, where the contexts of a step's chunks
         are no longer than `max_gathered_tokens` together."""
-        self._max_gathered_tokens = max_gathered_tokens
+        self.max_gathered_tokens = max_gathered_tokens
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return triton_pointwise.rms_norm(x, weight, eps)
@@ -68,7 +68,7 @@ class TritonKernels:
         tables, lens = meta.block_tables, meta.context_lens
         width = -(-max(meta.context_lens_host[:n], default=0) // meta.block_size)
         triton_decode.decode_into(out[:n], q[:n], cache, tables[:n, :width], lens[:n], scale, sliding_window)
-        if 0 < sum(meta.context_lens_host[n:]) <= self._max_gathered_tokens:
+        if 0 < sum(meta.context_lens_host[n:]) <= self.max_gathered_tokens:
             out[n:] = gathered_prefill_attention(q[n:], kv_cache, layer, meta, scale, sliding_window)
             return out
         triton_prefill.prefill_into(

@@ -175,21 +175,6 @@ def decode_reduce_kernel(
     tl.store(out_at, (acc / total).to(out_ptr.dtype.element_ty), mask=dim_ok)
 
 
-def paged_decode_attention(
-    q: torch.Tensor,
-    kv_cache: torch.Tensor,
-    layer: int,
-    block_tables: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    sliding_window: int | None,
-) -> torch.Tensor:
-    """q [num_seqs, heads, head_dim], one query a sequence -> a new tensor of the same shape."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    decode_into(out, q, kv_cache[:, layer], block_tables, context_lens, scale, sliding_window)
-    return out
-
-
 def decode_into(
     out: torch.Tensor,
     q: torch.Tensor,
@@ -199,7 +184,10 @@ def decode_into(
     scale: float,
     sliding_window: int | None,
 ) -> None:
-    """The same into `out`, contiguous; layer_cache [num_blocks, 2, kv_heads, block_size, head_dim]."""
+    """q [num_seqs, heads, head_dim], one query a sequence, to `out` of the same shape, contiguous.
+
+    layer_cache [num_blocks, 2, kv_heads, block_size, head_dim].
+    """
     num_seqs, heads, head_dim = q.shape
     if not num_seqs:
         return

@@ -164,22 +164,6 @@ def prefill_kernel(
     tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def ragged_prefill_attention(
-    q: torch.Tensor,
-    kv_cache: torch.Tensor,
-    layer: int,
-    block_tables: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    sliding_window: int | None,
-) -> torch.Tensor:
-    """q [num_tokens, heads, head_dim] -> a new tensor of the same shape. Rows are counted from cu_seqlens_q[0]."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    prefill_into(out, q, kv_cache[:, layer], block_tables, cu_seqlens_q, context_lens, scale, sliding_window)
-    return out
-
-
 def prefill_into(
     out: torch.Tensor,
     q: torch.Tensor,
@@ -190,7 +174,10 @@ def prefill_into(
     scale: float,
     sliding_window: int | None,
 ) -> None:
-    """The same into `out`, contiguous; layer_cache [num_blocks, 2, kv_heads, block_size, head_dim]."""
+    """q [num_tokens, heads, head_dim], rows counted from cu_seqlens_q[0], to `out` of the same shape, contiguous.
+
+    layer_cache [num_blocks, 2, kv_heads, block_size, head_dim].
+    """
     num_tokens, heads, head_dim = q.shape
     num_seqs = block_tables.shape[0]
     if not num_tokens:

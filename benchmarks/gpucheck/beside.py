@@ -22,7 +22,7 @@ from kvbaton.kernels.meta import build_attention_meta
 from kvbaton.kernels.torch_prefill import flash_attention
 from kvbaton.kernels.triton_copy import gather_context
 from kvbaton.kernels.triton_linear import linear_int8
-from kvbaton.kernels.triton_prefill import ragged_prefill_attention
+from kvbaton.kernels.triton_prefill import prefill_into
 
 QUERIES = 2048  # of the last chunk of a prompt
 CACHES_BYTES = 256 << 20
@@ -48,7 +48,9 @@ def _attention(config: ModelConfig, name: str, tokens: int, clock: Clock) -> Ite
     cu_k = torch.tensor([0, tokens], dtype=torch.int32, device=device)
 
     def ours() -> torch.Tensor:
-        return ragged_prefill_attention(q, pool, 0, tables, cu_q, lens, scale, None)
+        out = torch.empty_like(q)
+        prefill_into(out, q, pool[:, 0], tables, cu_q, lens, scale, None)
+        return out
 
     def gather() -> tuple[torch.Tensor, torch.Tensor]:
         return gather_context(pool[:, 0], tables, cu_k, tokens, tokens, DTYPE)

@@ -67,7 +67,7 @@ def weight_bytes(config: ModelConfig, itemsize: int) -> int:
 
 
 def kv_bytes(config: ModelConfig, batch: int, context: int, itemsize: int) -> int:
-    return batch * context * config.kv_bytes_per_token(itemsize)
+    return batch * context * 2 * config.num_layers * config.kv_size * itemsize
 
 
 def decode_floor_s(

@@ -98,10 +98,6 @@ class ModelConfig:
     def is_moe_layer(self, layer: int) -> bool:
         return self.moe is not None and layer in self.moe.layers
 
-    def kv_bytes_per_token(self, dtype_bytes: int) -> int:
-        """K and V of one token over all layers."""
-        return 2 * self.num_layers * self.kv_size * dtype_bytes
-
     def digest(self) -> str:
         """Hex digest of every field; equal configs have equal digests on every machine and version."""
         values = asdict(self)

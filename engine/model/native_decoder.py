@@ -53,10 +53,6 @@ class NativeDecoder:
         self._model = ctypes.addressof(self._weights.model)
         self.seconds: torch.Tensor | None = None  # [len(PHASES)] float64: gathers the phases' wall time if set
 
-    @property
-    def capturable(self) -> bool:
-        return False
-
     def forward(self, token_ids: torch.Tensor, kv_cache: torch.Tensor, meta: AttentionMeta) -> torch.Tensor:
         """token_ids [num_tokens] int64 -> normed hidden states [num_tokens, hidden]; as `Decoder.forward`."""
         if not kv_cache.is_contiguous() or kv_cache.dtype is not self.dtype:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from kvbaton.engine.config import ConfigError
-from kvbaton.engine.model.hf_config import load_model_config
 from kvbaton.engine.request import InvalidRequest
 from kvbaton.engine.text.detokenizer import ByteDetokenizer, IncrementalDetokenizer, WindowDetokenizer, unicode_to_bytes
 
@@ -41,7 +40,7 @@ def _check_present(folder: Path) -> None:
 class Tokenizer:
     """Immutable once loaded; safe to share between threads."""
 
-    def __init__(self, hf: Any, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, hf: Any) -> None:
         """`hf` is a transformers tokenizer with a Rust backend."""
         self._hf = hf
         self._rust = hf.backend_tokenizer
@@ -49,7 +48,6 @@ class Tokenizer:
             index for index, token in self._rust.get_added_tokens_decoder().items() if token.special
         }
         self._byte_level = _is_byte_level(self._rust)
-        self.eos_token_ids = eos_token_ids
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -60,17 +58,7 @@ class Tokenizer:
         hf = _read(folder)
         if getattr(hf, "backend_tokenizer", None) is None:
             raise ConfigError(f"{folder}: {type(hf).__name__} is not supported; a tokenizer.json is needed")
-        return cls(hf, load_model_config(folder).eos_token_ids)
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids that the tokenizer knows, added tokens included; the model's vocabulary may be larger."""
-        return int(self._rust.get_vocab_size(with_added_tokens=True))
-
-    @property
-    def bos_token_id(self) -> int | None:
-        value: int | None = self._hf.bos_token_id
-        return value
+        return cls(hf)
 
     @property
     def has_chat_template(self) -> bool:
@@ -80,10 +68,6 @@ class Tokenizer:
         """Special tokens in `text` become their ids; `add_special_tokens` adds those that start every prompt (BOS)."""
         ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
-
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """As `encode`, in parallel."""
-        return [e.ids for e in self._rust.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Incomplete characters become U+FFFD; ids without a token become nothing."""
@@ -141,17 +125,6 @@ class Tokenizer:
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from error
         return text
-
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        template_options: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Token ids of `render_chat`. The template writes its own BOS; none is added."""
-        text = self.render_chat(messages, tools, add_generation_prompt, template_options)
-        return self.encode(text, add_special_tokens=False)
 
 
 def _read(folder: Path) -> Any:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from gpucheck import checks, floors, isolation, parts
 from gpucheck.checks import Bench, Check, CheckResult, Outcome, kernel_checks, run_check
-from gpucheck.floors import Ceilings, decode_floor_s, decode_goal, models, prefill_flop, weight_bytes
+from gpucheck.floors import Ceilings, decode_floor_s, decode_goal, kv_bytes, models, prefill_flop, weight_bytes
 from gpucheck.model_checks import PROMPTS, small_config
 from gpucheck.parts import Options
 from gpucheck.report import Report
@@ -44,7 +44,7 @@ def test_model_shapes_have_the_published_sizes() -> None:
         embeddings = config.vocab_size * config.hidden_size * (1 if tied else 2)
         billions[name] = round((floors.matmul_params(config) + embeddings) / 1e9, 2)
     assert billions == {"Qwen3-0.6B": 0.6, "Llama-3-8B": 8.03, "Qwen3-8B": 8.19}
-    assert models()["Qwen3-8B"].kv_bytes_per_token(2) == 147456
+    assert kv_bytes(models()["Qwen3-8B"], 1, 1, 2) == 147456
 
 
 def test_floors_by_hand() -> None:

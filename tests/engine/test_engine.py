@@ -18,7 +18,7 @@ from kvbaton.engine.kv.kv_cache import KVGeometry
 from kvbaton.engine.memory import num_blocks_for, step_workspace_bytes, usable_model_len
 from kvbaton.engine.model.hf_config import load_model_config
 from kvbaton.engine.model.loader import load_model
-from kvbaton.kernels.backend import kernels_for
+from kvbaton.kernels.backend import MAX_GATHERED_TOKENS, kernels_for
 from support.engine_driver import EngineDriver, output
 from support.oracle import TinyModels, prompts
 
@@ -110,7 +110,8 @@ def test_flash_prefill_reaches_the_kernels_of_a_gpu(config: EngineConfig) -> Non
     model = load_model(config.model, CPU, "bfloat16")
     assert not _flash_prefill(config, model, gpu)
     assert _flash_prefill(replace(config, prefill_attention="torch"), model, gpu)
-    assert [kernels_for(gpu, None, way)._flash_prefill for way in (False, True)] == [False, True]  # type: ignore[attr-defined]
+    most = [kernels_for(gpu, None, way).max_gathered_tokens for way in (False, True)]  # type: ignore[attr-defined]
+    assert most == [0, MAX_GATHERED_TOKENS]
 
 
 def test_prefix_cache_can_be_off(config: EngineConfig) -> None:

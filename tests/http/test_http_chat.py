@@ -16,6 +16,8 @@ from support.http_support import (
     MODEL_ID,
     ScriptedClient,
     Step,
+    chat_prompt,
+    end_token,
     http_client,
     make_service,
     outputs,
@@ -55,7 +57,7 @@ async def test_whole_answer(tokenizer: Tokenizer) -> None:
     assert type(reply["created"]) is int
     message = {"role": "assistant", "content": TEXT, "refusal": None}
     assert reply["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}]
-    prompt = tokenizer.encode_chat(HI)
+    prompt = chat_prompt(tokenizer, HI)
     completion = len(tokenizer.encode(TEXT, add_special_tokens=False)) + 1  # the end token counts, and is not shown
     assert client.requests[0].prompt == tuple(prompt)
     assert reply["usage"] == {
@@ -160,7 +162,7 @@ async def test_sampling_reaches_the_engine(tokenizer: Tokenizer) -> None:
         logprobs=4,
         n=2,
         min_tokens=2,
-        stop_token_ids=(9, *tokenizer.eos_token_ids),
+        stop_token_ids=(9, end_token(tokenizer)),
     )
     assert client.requests[0].cache_salt == "tenant"
     assert client.requests[0].sample_indices == (0, 1)
@@ -200,7 +202,7 @@ async def test_many_messages_are_read_off_the_loop_alike(tokenizer: Tokenizer) -
     async with http_client(create_app(roomy)) as http:
         response = await http.post(PATH, json={"messages": messages})
     assert response.status_code == 200, response.text
-    assert client.requests[0].prompt == tuple(tokenizer.encode_chat(messages))
+    assert client.requests[0].prompt == tuple(chat_prompt(tokenizer, messages))
 
 
 async def test_continue_final_message(tokenizer: Tokenizer) -> None:
@@ -273,7 +275,7 @@ async def test_logprobs(tokenizer: Tokenizer, stream: bool) -> None:
 async def test_token_ids(tokenizer: Tokenizer) -> None:
     client = ScriptedClient(say(tokenizer, "sea", FinishReason.STOP))
     whole = await ask(client, tokenizer, return_token_ids=True)
-    tokens = [*tokenizer.encode("sea", False), *tokenizer.eos_token_ids]
+    tokens = [*tokenizer.encode("sea", False), end_token(tokenizer)]
     assert whole["prompt_token_ids"] == list(client.requests[0].prompt)
     assert whole["choices"][0]["token_ids"] == tokens
     events = await ask(

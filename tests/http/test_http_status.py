@@ -12,7 +12,17 @@ from prometheus_client.parser import text_string_to_metric_families
 from kvbaton.cluster.http.app import create_app
 from kvbaton.engine.request import Request
 from kvbaton.engine.text.tokenizer import Tokenizer
-from support.http_support import MAX_MODEL_LEN, RawCall, ScriptedClient, Step, http_client, make_service, outputs, say
+from support.http_support import (
+    MAX_MODEL_LEN,
+    RawCall,
+    ScriptedClient,
+    Step,
+    chat_prompt,
+    http_client,
+    make_service,
+    outputs,
+    say,
+)
 
 
 async def test_ready_follows_the_engines_and_health_does_not(tokenizer: Tokenizer) -> None:
@@ -117,9 +127,9 @@ async def test_tokenize_text(tokenizer: Tokenizer, special: bool) -> None:
 async def test_tokenize_messages_as_a_chat_would(tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     found = await call(tokenizer, "/tokenize", {"messages": messages})
-    assert found["tokens"] == tokenizer.encode_chat(messages)
+    assert found["tokens"] == chat_prompt(tokenizer, messages)
     without = await call(tokenizer, "/tokenize", {"messages": messages, "add_generation_prompt": False})
-    assert without["tokens"] == tokenizer.encode_chat(messages, add_generation_prompt=False)
+    assert without["tokens"] == chat_prompt(tokenizer, messages, add_generation_prompt=False)
 
 
 async def test_long_text_is_tokenized_in_a_thread_alike(tokenizer: Tokenizer) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kvbaton.cluster.http.service import ModelCard, Service
 from kvbaton.engine.request import FinishReason, Request, TokenLogprobs, TokenOutput
-from kvbaton.engine.text.tiny_tokenizer import VOCAB_SIZE, save_tokenizer
+from kvbaton.engine.text.tiny_tokenizer import IM_END, VOCAB_SIZE, save_tokenizer
 from kvbaton.engine.text.tokenizer import Tokenizer
 
 MAX_MODEL_LEN = 256
@@ -123,23 +123,35 @@ def say(tokenizer: Tokenizer, text: str, finish: FinishReason = FinishReason.LEN
     def script(request: Request) -> Iterable[Step]:
         tokens = tokenizer.encode(text, add_special_tokens=False)
         if finish is FinishReason.STOP:
-            tokens.append(tokenizer.eos_token_ids[0])
+            tokens.append(end_token(tokenizer))
         rows = [outputs(request, tokens, sample, finish) for sample in request.sample_indices]
         return [list(step) for step in zip(*rows, strict=True)]
 
     return script
 
 
+def end_token(tokenizer: Tokenizer) -> int:
+    """The id that ends an answer."""
+    (token,) = tokenizer.encode(IM_END, add_special_tokens=False)
+    return token
+
+
+def chat_prompt(tokenizer: Tokenizer, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    """The ids of a conversation; the template writes its own BOS."""
+    text = tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tiny models' tokenizer, its template extended by tools as Qwen's has them."""
-    special = save_tokenizer(folder, MAX_MODEL_LEN)
+    save_tokenizer(folder, MAX_MODEL_LEN)
     hf = PreTrainedTokenizerFast.from_pretrained(folder)
     hf.chat_template = "{%- if tools %}{{- 'Tools: ' + tools | tojson + '\\n' }}{%- endif %}" + hf.chat_template
-    return Tokenizer(hf, (special.im_end,))
+    return Tokenizer(hf)
 
 
 def make_service(client: ScriptedClient, tokenizer: Tokenizer, **settings: Any) -> Service:
-    card = ModelCard(MODEL_ID, VOCAB_SIZE, MAX_MODEL_LEN, tokenizer.eos_token_ids, created=1_700_000_000)
+    card = ModelCard(MODEL_ID, VOCAB_SIZE, MAX_MODEL_LEN, (end_token(tokenizer),), created=1_700_000_000)
     return Service(client=client, tokenizer=tokenizer, model=card, version="0.0.test", **settings)
 
 

@@ -59,20 +59,31 @@ def layer(shape: Shape, device: torch.device) -> None:
 
 def standalone_attention(device: torch.device) -> None:
     """The two attention kernels on their own, over part of a batch: cu_seqlens need not begin at 0."""
-    from kvbaton.kernels import triton_decode, triton_prefill
+    from kvbaton.kernels import triton_prefill
 
     case, tables, lens = _written(Shape(*MIXED), device)
     args = (case.scale, None)
     rows = slice(3, 48)
-    got = triton_prefill.ragged_prefill_attention(
-        case.q[rows], case.kv_cache, 1, tables[3:], case.meta.cu_seqlens_q[3:], lens[3:], *args
-    )
+    got, layer_cache = torch.empty_like(case.q[rows]), case.kv_cache[:, 1]
+    triton_prefill.prefill_into(got, case.q[rows], layer_cache, tables[3:], case.meta.cu_seqlens_q[3:], lens[3:], *args)
     want = reference.ragged_prefill_attention(
         case.q[rows], case.kv_cache, 1, tables[3:], case.meta.cu_seqlens_q[3:], lens[3:], *args
     )
     close(got, want)
-    got = triton_decode.paged_decode_attention(case.q[:3], case.kv_cache, 1, tables[:3], lens[:3], *args)
-    close(got, reference.paged_decode_attention(case.q[:3], case.kv_cache, 1, tables[:3], lens[:3], *args))
+    got = decoded(case, tables[:3], lens[:3])
+    starts = torch.arange(4, device=device)
+    want = reference.ragged_prefill_attention(case.q[:3], case.kv_cache, 1, tables[:3], starts, lens[:3], *args)
+    close(got, want)
+
+
+def decoded(case: Case, tables: torch.Tensor, lens: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """The split kernel's output for the rows from `first` on, one a context."""
+    from kvbaton.kernels.triton_decode import decode_into
+
+    q = case.q[first : first + len(lens)]
+    out = torch.empty_like(q)
+    decode_into(out, q, case.kv_cache[:, case.shape.layer], tables, lens, case.scale, None)
+    return out
 
 
 def gathered(shape: Shape, pool_dtype: torch.dtype | None, device: torch.device) -> None:
@@ -147,16 +158,12 @@ def _rows_attend(
 
 def decode_alone_and_in_company(device: torch.device) -> None:
     """A row's splits follow from its own length: the same bits in a batch whose longest row needs more splits."""
-    from kvbaton.kernels.triton_decode import paged_decode_attention
-
     lens = (1, 17, 256, 257, 700, 1100)
     case, tables, context = _written(Shape((1,) * len(lens), lens, heads=6), device)
-    together = paged_decode_attention(case.q, case.kv_cache, 1, tables, context, case.scale, None)
+    together = decoded(case, tables, context)
     for i, length in enumerate(lens):
         width = -(-length // case.shape.block_size)
-        alone = paged_decode_attention(
-            case.q[i : i + 1], case.kv_cache, 1, tables[i : i + 1, :width], context[i : i + 1], case.scale, None
-        )
+        alone = decoded(case, tables[i : i + 1, :width], context[i : i + 1], first=i)
         assert torch.equal(alone[0], together[i]), f"row of {length} tokens differs"
 
 
@@ -166,9 +173,8 @@ def more_tokens_than_splits(device: torch.device) -> None:
 
     lens = (triton_decode.MAX_SPLITS * triton_decode.MIN_SPLIT + 333,)
     case, tables, context = _written(Shape((1,), lens, heads=2, kv_heads=1, num_layers=2, block_size=64), device)
-    got = triton_decode.paged_decode_attention(case.q, case.kv_cache, 1, tables, context, case.scale, None)
-    want = reference.paged_decode_attention(case.q, case.kv_cache, 1, tables, context, case.scale, None)
-    close(got, want)
+    want = reference.paged_attention(case.q, case.kv_cache, 1, case.meta, case.scale, None)
+    close(decoded(case, tables, context), want)
 
 
 def pointwise(dtype: torch.dtype, width: int, device: torch.device) -> None:

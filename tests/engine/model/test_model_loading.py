@@ -57,7 +57,6 @@ def test_config_of_the_llama_checkpoint(folder: Path) -> None:
     assert config.rope == RopeConfig(10000.0, RopeType.LLAMA3, 8.0, 1.0, 4.0, 1024)
     assert config.sliding_windows == (None,) * 4
     assert (config.dtype, config.moe, config.eos_token_ids) == ("float32", None, (509, 511))
-    assert config.kv_bytes_per_token(4) == 2 * 4 * 2 * 16 * 4
 
 
 def test_config_of_the_moe_checkpoint(moe_folder: Path) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from kvbaton.engine.model.loader import load_model
-from kvbaton.engine.text.tokenizer import Tokenizer
 from kvbaton.engine.tiny import NoGoodSeed, TinySpec, main, make_tiny, probe_prompts
 from support.oracle import FAMILIES, TinyModels
 
@@ -34,7 +34,7 @@ def test_the_command_makes_a_model_of_the_wanted_size(tmp_path: Path, capsys: py
     config = model.config
     assert (config.num_layers, config.hidden_size, config.num_kv_heads, config.vocab_size) == (3, 96, 4, 600)
     assert model.decoder.dtype == torch.bfloat16
-    assert Tokenizer.load(tmp_path / "out").vocab_size == 512
+    assert Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json")).get_vocab_size() == 512
 
 
 def test_sizes_that_cannot_work_end_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
