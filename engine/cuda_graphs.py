@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 
 from kvbaton.engine.batch import ScheduledRow
-from kvbaton.engine.token_feed import TokenFeed
+from kvbaton.engine.pending import TokenFeed
 from kvbaton.kernels.meta import AttentionMeta
 
 MAX_ROWS = 512

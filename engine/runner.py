@@ -17,12 +17,10 @@ import torch
 
 from kvbaton.engine.batch import SampledToken, ScheduledRow, StepResult
 from kvbaton.engine.cuda_graphs import DecodeGraphs
-from kvbaton.engine.pending import LaunchedStep, PromptLogprobs, mark_of
+from kvbaton.engine.pending import LaunchedStep, PromptLogprobs, TokenFeed, mark_of
 from kvbaton.engine.sampling.device_sampler import DeviceSampler, PendingTokens
-from kvbaton.engine.sampling.logprobs import token_logprobs
-from kvbaton.engine.sampling.sampler import Draw, sample_tokens
+from kvbaton.engine.sampling.sampler import Draw, sample_tokens, token_logprobs
 from kvbaton.engine.sequence import Sequence
-from kvbaton.engine.token_feed import TokenFeed
 from kvbaton.kernels.backend import draw_kernels_for
 from kvbaton.kernels.meta import AttentionMeta, build_attention_meta
 

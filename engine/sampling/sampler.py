@@ -1,4 +1,4 @@
-"""Chooses the next token of each draw of a step.
+"""Chooses the next token of each draw of a step, and says how probable it was.
 
     logits -> edits (bias, min_tokens, penalties) -> greedy: argmax
                                                   -> random: temperature, cuts, Gumbel-max
@@ -9,6 +9,7 @@ on the batch, the engine, or a resume. A row does only the work that its paramet
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +17,7 @@ import torch
 from kvbaton.engine.batch import SampledToken
 from kvbaton.engine.request import TokenLogprobs
 from kvbaton.engine.sampling.logit_edits import edit_logits, needs_edits
-from kvbaton.engine.sampling.logprobs import token_logprobs
-from kvbaton.engine.sampling.philox import draw_keys
-from kvbaton.engine.sampling.token_draw import draw_tokens
+from kvbaton.engine.sampling.token_draw import draw_keys, draw_tokens
 from kvbaton.engine.sequence import Sequence
 from kvbaton.kernels.draw import best_tokens
 
@@ -56,6 +55,27 @@ def sample_tokens(logits: torch.Tensor, draws: list[Draw]) -> list[SampledToken]
     for i, value in zip(asking, found, strict=True):
         logprobs[i] = value
     return [SampledToken(token_id, value) for token_id, value in zip(chosen, logprobs, strict=True)]
+
+
+def token_logprobs(logits: torch.Tensor, token_ids: Seq[int], num_top: Seq[int]) -> list[TokenLogprobs]:
+    """For row i of logits [rows, vocab]: the log-probability of token_ids[i] and of the num_top[i] best, best first.
+
+    As clients see them: of the model's own distribution, before bias, penalties, temperature and cuts. That is what the
+    OpenAI API documents and vLLM returns by default, and the only choice under which the values of a token do not
+    depend on how it was chosen.
+    """
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    index = torch.tensor(token_ids, device=logits.device).unsqueeze(1)
+    chosen: list[float] = logprobs.gather(1, index).squeeze(1).tolist()
+    most = min(max(num_top), logits.shape[1])
+    if not most:
+        return [TokenLogprobs(value) for value in chosen]
+    best = logprobs.topk(most, dim=-1)
+    values, tokens = best.values.tolist(), best.indices.tolist()
+    return [
+        TokenLogprobs(chosen[i], tuple(zip(tokens[i][:count], values[i][:count], strict=True)))
+        for i, count in enumerate(num_top)
+    ]
 
 
 def _choose(logits: torch.Tensor, draws: list[Draw]) -> list[int]:

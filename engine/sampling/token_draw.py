@@ -6,6 +6,11 @@ draws from the softmax exactly. It is preferred to inverting the cumulative dist
 error of every earlier token moves the border between two tokens; here an error of size e changes a draw with a
 probability of order e. A request recomputed elsewhere, in another batch, has such errors and must draw the same tokens.
 
+The key comes from Philox4x32-10, a counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2,
+3", SC 2011): it is a function of (seed, sample, position) and of nothing else, so there is no state to carry along when
+a request moves, resumes or shares a batch. All keys of a step are made at once, in integer arithmetic, so every machine
+gets the same bits.
+
 Nothing is summed but the weights of top_p, and those are integers (2**44 for the best token): the same in every order,
 so a row alone and a row in a batch are equal to the bit. Cuts are by value, so that ties do not depend on a sort:
 tokens as likely as the last one kept stay too.
@@ -26,6 +31,36 @@ FIRST_GUESS = 256  # tokens in a nucleus; GROWTH times as many are looked at whe
 GROWTH = 16
 CPU_SLICE = 1 << 18  # rows * vocab handled at a time: float64 temporaries that stay in a core's cache
 GPU_SLICE = 1 << 23  # and that stay small beside the model
+
+Words = npt.NDArray[np.uint64]  # 32-bit values in 64-bit lanes, so that products do not overflow
+
+_ROUNDS = 10
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
+_LOW = np.uint64(0xFFFFFFFF)
+_32 = np.uint64(32)
+_MASK64 = (1 << 64) - 1
+
+
+def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[Words, Words]) -> tuple[Words, ...]:
+    """Four random words a lane from a counter of four and a key of two; all arrays have one shape."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        left, right = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (right >> _32) ^ c1 ^ k0, right & _LOW, (left >> _32) ^ c3 ^ k1, left & _LOW
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def draw_keys(seeds: Seq[int], samples: Seq[int], positions: Seq[int]) -> npt.NDArray[np.uint64]:
+    """64 random bits per (seed, sample index, sequence position)."""
+    seed = np.array([value & _MASK64 for value in seeds], dtype=np.uint64)
+    position = np.array(positions, dtype=np.uint64)
+    sample = np.array(samples, dtype=np.uint64)
+    counter = (position & _LOW, position >> _32, sample & _LOW, sample >> _32)
+    a, b, _, _ = philox4x32(counter, (seed & _LOW, seed >> _32))
+    return a | (b << _32)
 
 
 def draw_tokens(

@@ -27,10 +27,10 @@ from kvbaton.engine.cuda_graphs import (
 from kvbaton.engine.engine import Engine
 from kvbaton.engine.kv.kv_cache import KVCache
 from kvbaton.engine.model.loader import load_model
+from kvbaton.engine.pending import TokenFeed
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.engine.runner import Runner
 from kvbaton.engine.sampling.device_sampler import DeviceSampler
-from kvbaton.engine.token_feed import TokenFeed
 from kvbaton.kernels import reference
 from kvbaton.kernels.draw import TorchDraw
 from support.engine_driver import EngineDriver, output

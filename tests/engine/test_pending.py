@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from kvbaton.engine.batch import ScheduledRow
+from kvbaton.engine.pending import TokenFeed
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.engine.sampling.sampler import Draw
 from kvbaton.engine.sequence import Sequence
-from kvbaton.engine.token_feed import TokenFeed
 from kvbaton.kernels.draw import TorchDraw
 
 

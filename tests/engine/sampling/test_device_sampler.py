@@ -11,8 +11,8 @@ import torch
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.engine.sampling import device_sampler
 from kvbaton.engine.sampling.device_sampler import DeviceSampler
-from kvbaton.engine.sampling.philox import draw_keys
 from kvbaton.engine.sampling.sampler import Draw, sample_tokens
+from kvbaton.engine.sampling.token_draw import draw_keys
 from kvbaton.engine.sequence import Sequence
 from kvbaton.kernels.draw import DrawRows, philox_keys
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvbaton.engine.sampling.philox import draw_keys, philox4x32
+from kvbaton.engine.sampling.token_draw import draw_keys, philox4x32
 
 # Known answers of Philox4x32-10 from the authors' Random123 distribution (counter, key, result).
 VECTORS = [

@@ -10,9 +10,8 @@ import torch
 from kvbaton.engine.batch import SampledToken
 from kvbaton.engine.request import Request, SamplingParams, TokenLogprobs
 from kvbaton.engine.sampling import sampler
-from kvbaton.engine.sampling.philox import draw_keys
 from kvbaton.engine.sampling.sampler import Draw, sample_tokens
-from kvbaton.engine.sampling.token_draw import draw_tokens
+from kvbaton.engine.sampling.token_draw import draw_keys, draw_tokens
 from kvbaton.engine.sequence import Sequence
 
 VOCAB = 300

@@ -12,8 +12,7 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from kvbaton.engine.request import SamplingParams
 from kvbaton.engine.sampling import token_draw
-from kvbaton.engine.sampling.philox import draw_keys
-from kvbaton.engine.sampling.token_draw import draw_tokens, gumbel_noise, kept_scores
+from kvbaton.engine.sampling.token_draw import draw_keys, draw_tokens, gumbel_noise, kept_scores
 
 VOCAB = 400
 CPU = torch.device("cpu")
