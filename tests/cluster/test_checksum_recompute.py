@@ -6,8 +6,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from kvbaton.cluster.ingress.engine_metrics import EngineMetrics
-from kvbaton.kvtransfer.faults import Fault
 from kvbaton.router.engine_info import Role
+from support.faulty_transport import Fault
 from support.toy_cluster import Stream, ToyCluster
 from support.toy_service import ToyService
 

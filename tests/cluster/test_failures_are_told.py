@@ -15,8 +15,8 @@ import pytest
 from kvbaton.cluster.host.submit_check import SubmitCheck
 from kvbaton.engine.orders import Abort, LegKind, Submit, Submitted
 from kvbaton.engine.request import Request, SamplingParams
-from kvbaton.kvtransfer.faults import Fault
 from kvbaton.kvtransfer.messages import Failed, Landing, Offered
+from support.faulty_transport import Fault
 from support.toy_cluster import SESSION, ToyCluster
 
 PROMPT = tuple(range(1, 30))  # 8 blocks

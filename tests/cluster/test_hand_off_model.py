@@ -31,8 +31,8 @@ from hypothesis.stateful import (
 
 from kvbaton.cluster.client.migration import MigrationRefused
 from kvbaton.cluster.session.client import SessionLost
-from kvbaton.kvtransfer.faults import Fault
 from kvbaton.router.engine_info import EngineState, Role
+from support.faulty_transport import Fault
 from support.net_weather import old_words, read, written
 from support.toy_cluster import ToyCluster
 from support.toy_engine import PipelinedToyEngine, ToyEngine

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 
 from kvbaton.kvtransfer.checksum import BlockSums, block_sums
-from kvbaton.kvtransfer.faults import Fault, FaultyTransport
-from kvbaton.kvtransfer.loopback import LoopbackTransport
 from kvbaton.kvtransfer.messages import Cause, Failed, HandoffKey, Landed, Landing, Offer, Released
 from kvbaton.kvtransfer.receiver import ReceiveHandoff
 from kvbaton.kvtransfer.sender import SendHandoff
@@ -29,6 +27,8 @@ from kvbaton.kvtransfer.wire import (
     decode_frame,
 )
 from kvbaton.settings import ConfigError
+from support.faulty_transport import Fault, FaultyTransport
+from support.loopback import LoopbackTransport
 from support.recording_link import RecordingLink
 from support.transfer_rig import ByteBlocks, Engine, EngineOptions, Rig, key, offer
 

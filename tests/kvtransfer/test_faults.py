@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvbaton.kvtransfer.faults import Fault, FaultyTransport
 from kvbaton.kvtransfer.messages import Failed, Landed, Landing, Offered, Released
 from kvbaton.kvtransfer.transport import Transport
+from support.faulty_transport import Fault, FaultyTransport
 from support.transfer_rig import Engine, Rig, key, kinds, offer
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from kvbaton.kvtransfer.loopback import LoopbackNetwork, LoopbackTransport
 from kvbaton.kvtransfer.transport import Channel, Operation, Transport, TransportError
 from kvbaton.kvtransfer.wire import BLOCK_TAG
+from support.loopback import LoopbackNetwork, LoopbackTransport
 from support.transfer_rig import ByteBlocks
 
 MIB = 1 << 20

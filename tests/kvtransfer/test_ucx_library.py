@@ -54,7 +54,7 @@ def test_without_ucxx_the_transport_refuses_and_names_the_package() -> None:
     code = """
 import sys
 sys.modules["ucxx"] = None
-import kvbaton.kvtransfer.agent, kvbaton.kvtransfer.loopback
+import kvbaton.kvtransfer.agent
 from kvbaton.kvtransfer.transport import TransportError
 from kvbaton.kvtransfer.ucx import UcxTransport
 try:

@@ -14,10 +14,10 @@ from kvbaton.engine.handoff_payload import encode_first_tokens
 from kvbaton.engine.kv.kv_manager import KVManager
 from kvbaton.kvtransfer.agent import TransferAgent
 from kvbaton.kvtransfer.codec import WireError, pack
-from kvbaton.kvtransfer.faults import Fault, FaultyChannel, FaultyTransport
-from kvbaton.kvtransfer.loopback import LoopbackChannel
 from kvbaton.kvtransfer.states import ReceiverState
 from kvbaton.kvtransfer.wire import DoneMessage, Frame, decode_frame
+from support.faulty_transport import Fault, FaultyChannel, FaultyTransport
+from support.loopback import LoopbackChannel
 
 WRONG_TOKEN = encode_first_tokens({0: 1})
 

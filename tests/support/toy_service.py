@@ -15,11 +15,11 @@ from kvbaton.cluster.client.client import ClientConfig, ClusterClient
 from kvbaton.cluster.session.client import SessionLost
 from kvbaton.engine.orders import Abort, Migrate, MigrationOrdered, Notice, Submit, Submitted
 from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenOutput
-from kvbaton.kvtransfer.loopback import LoopbackNetwork
 from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
 from kvbaton.router.placement import RouterConfig
 from kvbaton.router.router import Router
+from support.loopback import LoopbackNetwork
 from support.net_weather import assert_only_owners_are_touched
 from support.toy_cluster import BLOCK_SIZE, SECRET, Clock, Node
 from support.toy_engine import ToyEngine, expected_tokens

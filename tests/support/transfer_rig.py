@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvbaton.kvtransfer.agent import TransferAgent
-from kvbaton.kvtransfer.loopback import LoopbackNetwork, LoopbackTransport
 from kvbaton.kvtransfer.messages import (
     Event,
     Failed,
@@ -25,6 +24,7 @@ from kvbaton.kvtransfer.messages import (
 )
 from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.kvtransfer.transport import Transport
+from support.loopback import LoopbackNetwork, LoopbackTransport
 
 SECRET = b"a cluster secret"
 FIELDS = (("model", "tiny"), ("dtype", "float32"), ("block_bytes", "64"))

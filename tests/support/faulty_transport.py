@@ -1,4 +1,4 @@
-"""A transport that wraps another and breaks what a plan says: for tests and chaos runs, never in an engine by default.
+"""A transport that wraps another and breaks what a plan says.
 
 Faults strike where a message leaves. A delayed control frame holds those behind it, since frames keep their order;
 blocks are delayed one by one. A truncated block arrives as an empty message, which completes the receive as UCX does.
