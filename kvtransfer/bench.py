@@ -27,7 +27,7 @@ DEFAULT_SIZES = (64 * _KIB, 256 * _KIB, 1024 * _KIB, 2048 * _KIB, 8192 * _KIB)
 
 
 @dataclass(frozen=True, slots=True)
-class BenchOptions:
+class TransferBenchOptions:
     """`megabytes` is moved per round and size, but no more than `max_blocks` and no fewer than 32 blocks."""
 
     sizes: tuple[int, ...] = DEFAULT_SIZES
@@ -89,7 +89,7 @@ class BenchProcess:
             self._process.kill()
 
 
-def measure(options: BenchOptions, progress: TextIO) -> list[BenchRow]:
+def measure(options: TransferBenchOptions, progress: TextIO) -> list[BenchRow]:
     """All sizes under all UCX_TLS settings."""
     rows = []
     for tls in options.tls:
@@ -106,7 +106,9 @@ def measure(options: BenchOptions, progress: TextIO) -> list[BenchRow]:
     return rows
 
 
-def _measure_size(options: BenchOptions, tls: str, size: int, prefill: BenchProcess, decode: BenchProcess) -> BenchRow:
+def _measure_size(
+    options: TransferBenchOptions, tls: str, size: int, prefill: BenchProcess, decode: BenchProcess
+) -> BenchRow:
     blocks = max(32, min(options.max_blocks, (options.megabytes << 20) // size))
     each = min(options.blocks_each, blocks)
     pool = max(each * options.concurrent, min(blocks, (options.pool_megabytes << 20) // size))
@@ -147,7 +149,7 @@ def _format(row: BenchRow) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit status."""
-    defaults = BenchOptions()
+    defaults = TransferBenchOptions()
     parser = argparse.ArgumentParser(prog="kvbaton bench transfer", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=list(defaults.sizes), help="block sizes in bytes")
     parser.add_argument("--tls", nargs="+", default=list(defaults.tls), help="UCX_TLS settings")
@@ -156,7 +158,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--checksum", choices=CHECKSUMS, default=CHECKSUM_OFF, help="of each block, at both ends")
     parser.add_argument("--json", type=Path, default=None, help="write the rows there")
     given = parser.parse_args(argv)
-    options = BenchOptions(tuple(given.sizes), tuple(given.tls), given.rounds, given.megabytes, checksum=given.checksum)
+    options = TransferBenchOptions(
+        tuple(given.sizes), tuple(given.tls), given.rounds, given.megabytes, checksum=given.checksum
+    )
     sys.stdout.write(
         f"{'UCX_TLS':>8} {'block':>10} {'perftest':>10} {'hand-off':>10} {'ratio':>7} {'1 block':>9}  transports\n"
         f"{'':>8} {'':>10} {'GB/s':>10} {'GB/s':>10} {'':>7} {'us':>9}\n"

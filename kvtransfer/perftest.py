@@ -55,11 +55,14 @@ def _tag_bandwidth(size_bytes: int, messages: int, env: Mapping[str, str], timeo
     finally:
         server.kill()
         server.wait()
-    return _parse(done.stdout, done.stderr)
+    return overall_bandwidth(done.stdout, done.stderr)
 
 
-def _parse(stdout: str, stderr: str) -> float:
-    """The last line's columns: iterations, percentile, 2 x overhead, average and overall MB/s, message rates."""
+def overall_bandwidth(stdout: str, stderr: str) -> float:
+    """In bytes per second, from what perftest printed. Raises PerftestError where it printed no result.
+
+    The last line's columns are iterations, percentile, 2 x overhead, average and overall MB/s, 2 x message rate.
+    """
     lines = [line.split() for line in stdout.splitlines() if line.strip()]
     if not lines or len(lines[-1]) < 6:
         raise PerftestError(f"ucx_perftest gave no result: {(stdout + stderr)[-500:]}")

@@ -33,6 +33,6 @@ def test_a_small_run_reports_each_size_with_both_figures(tmp_path: Path, capsys:
 
 def test_perftests_result_line_is_read_by_column() -> None:
     line = "   200   5.288   45.280   45.280   1380.29   1391.50   22085   22085"
-    assert perftest._parse("header\n" + line + "\n", "") == 1391.50e6
+    assert perftest.overall_bandwidth("header\n" + line + "\n", "") == 1391.50e6
     with pytest.raises(perftest.PerftestError, match="no such transport"):
-        perftest._parse("", "no such transport")
+        perftest.overall_bandwidth("", "no such transport")
