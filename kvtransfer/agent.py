@@ -1,23 +1,20 @@
 """The transfer agent of one engine: every hand-off that it gives or takes, over any number of peers.
 
-The engine's thread calls the commands; they return at once and are carried out by `poll`, on the agent's own thread
-(see thread.py) or, in tests, by hand. Events come back through `on_event`, on the thread that polls.
+The engine's thread calls the commands; they return at once and are carried out by `poll`, on the agent's own thread or,
+in tests, by hand. Events come back through `on_event`, on the thread that polls.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from kvbaton.kvtransfer.block_memory import BlockMemory
 from kvbaton.kvtransfer.checksum import block_sums
-from kvbaton.kvtransfer.counters import TransferCounters
-from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, Hello, check_compatible
-from kvbaton.kvtransfer.landing import LandingBlocks
-from kvbaton.kvtransfer.link import key_of
+from kvbaton.kvtransfer.handshake import HandshakeRefused
 from kvbaton.kvtransfer.messages import (
     Cause,
     Event,
@@ -30,20 +27,17 @@ from kvbaton.kvtransfer.messages import (
     PeerAddress,
     Released,
 )
-from kvbaton.kvtransfer.receiver import ReceiveHandoff
-from kvbaton.kvtransfer.roster import Roster
-from kvbaton.kvtransfer.sender import SendHandoff
-from kvbaton.kvtransfer.session import Session
-from kvbaton.kvtransfer.session_owner import SessionOwner
+from kvbaton.kvtransfer.open_handoffs import OpenHandoffs
+from kvbaton.kvtransfer.sessions import Sessions
 from kvbaton.kvtransfer.settings import Identity, TransferSettings
 from kvbaton.kvtransfer.stats import TransferStats
-from kvbaton.kvtransfer.thread import AgentThread
-from kvbaton.kvtransfer.transport import Channel, Transport, TransportError
+from kvbaton.kvtransfer.transport import BlockMemory, Transport, TransportError
 from kvbaton.kvtransfer.wire import Handle
 
 log = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 3600.0
+_SPINS_WHILE_MOVING = 200  # empty polls before sleeping while blocks are moving
 
 
 class TransferAgent:
@@ -64,21 +58,15 @@ class TransferAgent:
         clock: Callable[[], float],
     ) -> None:
         self._address = PeerAddress(identity.engine_id, identity.generation, transport.host, transport.port)
-        self._memory = memory
+        self._num_blocks = memory.num_blocks
         self._transport = transport
-        self._secret = secret
-        self._compatibility = (*compatibility, ("kvtransfer.checksum", settings.checksum))
-        self._sums = block_sums(settings.checksum, memory)
         self._settings = settings
-        self._on_event = on_event
         self._clock = clock
         self._commands: deque[Callable[[], None]] = deque()
         self._serials = itertools.count(1)
-        self._senders: dict[HandoffKey, SendHandoff] = {}
-        self._receivers: dict[HandoffKey, tuple[Session, ReceiveHandoff]] = {}
-        self._landing = LandingBlocks(memory.num_blocks)
-        self._roster = Roster()
-        self._counters = TransferCounters(memory.block_bytes)
+        self._handoffs = OpenHandoffs(memory, block_sums(settings.checksum, memory), on_event)
+        fields = (*compatibility, ("kvtransfer.checksum", settings.checksum))
+        self._sessions = Sessions(transport, self._address, secret, fields, settings, self._handoffs)
         self._now = clock()
         self._tick_at = self._now
         self._thread = AgentThread(self, transport)
@@ -115,14 +103,27 @@ class TransferAgent:
 
     def counts(self) -> HandoffCounts:
         """Thread-safe."""
-        return self._counters.handoffs
+        return self._handoffs.counts
 
     def stats(self) -> TransferStats:
         """Thread-safe; a moment's inconsistency between counters is possible while the agent runs."""
-        return self._counters.stats(self._roster.snapshot(), len(self._senders), len(self._receivers))
+        sessions, counts = self._sessions.snapshot(), self._handoffs.counts
+        traffic = self._sessions.traffic()
+        return TransferStats(
+            bytes_sent=traffic.bytes_sent,
+            bytes_received=traffic.bytes_received,
+            messages=traffic.messages,
+            handoffs_failed=counts.failed,
+            handoffs_acked=counts.acked,
+            checksum_failures=counts.checksum_failures,
+            sending=len(self._handoffs.senders),
+            receiving=len(self._handoffs.receivers),
+            quarantined_blocks=sum(s.quarantined_blocks() for s in sessions),
+            peers=tuple(p for s in sessions if (p := s.peer_stats()) is not None),
+        )
 
     def start(self) -> None:
-        """Run on an own thread until `close`. Raises TransportError if the transport cannot open."""
+        """Run on a thread of its own until `close`. Raises TransportError if the transport cannot open."""
         self._thread.start()
 
     def close(self) -> None:
@@ -140,55 +141,40 @@ class TransferAgent:
         worked = bool(self._commands)
         while self._commands:
             self._commands.popleft()()
-        for channel in self._transport.progress():
-            worked |= self._poll_session(channel)
-        while (arrived := self._transport.accept()) is not None:
-            self._accept(arrived)
-            worked = True
+        worked |= self._sessions.poll(self._now)
         if self._now >= self._tick_at:
-            self._tick()
+            self._tick_at = self._now + self._settings.lease_s / 40
+            self._sessions.tick(self._now)
         return worked
 
     def wait_s(self) -> float:
         """How long nothing need happen here unless a peer or a command wants something."""
         if self._commands:
             return 0.0
-        waiting = any(s.peer is None or s.has_handoffs for s in self._roster.snapshot())
+        waiting = any(s.peer is None or s.has_handoffs for s in self._sessions.snapshot())
         return max(0.0, self._tick_at - self._clock()) if waiting else _IDLE_WAIT_S
 
     @property
     def busy(self) -> bool:
         """Blocks are moving on some session."""
-        return any(s.busy for s in self._roster.snapshot())
+        return any(s.busy for s in self._sessions.snapshot())
+
+    def abandon(self, reason: str) -> None:
+        """Close every session; what they held is failed and released."""
+        self._sessions.end_all(reason)
 
     def _command(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
         self._transport.wake()
 
-    def _poll_session(self, channel: Channel) -> bool:
-        session = self._roster.of_channel(channel)
-        if session is None:
-            return False
-        worked = session.poll(self._now)
-        if session.closed:
-            self._retire(session)
-        return worked
-
-    def _tick(self) -> None:
-        self._tick_at = self._now + self._settings.lease_s / 40
-        for session in self._roster.snapshot():
-            session.tick(self._now)
-            if session.closed:
-                self._retire(session)
-
     # prefill's commands
 
     def _offer(self, offer: Offer, peer: PeerAddress) -> None:
-        if offer.key in self._senders:
+        if offer.key in self._handoffs.senders:
             log.error("offer of %s ignored: it is being handed off already", offer.key)
             return
         try:
-            session = self._session_to(peer)
+            session = self._sessions.to(peer, self._now)
         except (TransportError, HandshakeRefused) as error:
             self._refuse_offer(offer.key, f"cannot reach {peer.engine_id}: {error}")
             return
@@ -198,22 +184,22 @@ class TransferAgent:
             )
             return
         handle = Handle(offer.key.request_id, offer.key.epoch, next(self._serials))
-        self._senders[offer.key] = session.offer(handle, offer, self._now)
+        self._handoffs.senders[offer.key] = session.offer(handle, offer, self._now)
 
     def _refuse_offer(self, key: HandoffKey, reason: str) -> None:
-        self._emit(Failed(key, reason))
-        self._emit(Released(key, acked=False))
+        self._handoffs.emit(Failed(key, reason))
+        self._handoffs.emit(Released(key, acked=False))
 
     def _blocks_ready(self, key: HandoffKey, block_ids: tuple[int, ...]) -> None:
-        if (sender := self._senders.get(key)) is None:
+        if (sender := self._handoffs.senders.get(key)) is None:
             return
-        if any(not 0 <= b < self._memory.num_blocks for b in block_ids):
-            sender.fail(f"block ids outside the pool of {self._memory.num_blocks}: {block_ids!r:.80}", self._now)
+        if any(not 0 <= b < self._num_blocks for b in block_ids):
+            sender.fail(f"block ids outside the pool of {self._num_blocks}: {block_ids!r:.80}", self._now)
             return
         sender.blocks_ready(block_ids, self._now)
 
     def _finish(self, key: HandoffKey, payload: bytes) -> None:
-        if (sender := self._senders.get(key)) is None:
+        if (sender := self._handoffs.senders.get(key)) is None:
             return
         if len(payload) > self._settings.max_payload_bytes:
             sender.fail(f"payload of {len(payload)} bytes is over {self._settings.max_payload_bytes}", self._now)
@@ -223,127 +209,77 @@ class TransferAgent:
     # decode's commands
 
     def _grant(self, key: HandoffKey, landing: Landing) -> None:
-        if key not in self._receivers:
-            return
-        session, receiver = self._receivers[key]
-        if not receiver.live:
+        receiver = self._handoffs.receivers.get(key)
+        if receiver is None or not receiver.live:
             return
         num_blocks = receiver.offer.num_blocks
         if landing.first_block < 0 or landing.first_block + len(landing.block_ids) != num_blocks:
             receiver.fail(
                 f"landing of {landing.first_block}+{len(landing.block_ids)} blocks for {num_blocks}", self._now
             )
-        elif reason := self._landing.claim(key, landing.block_ids):
+        elif (reason := self._handoffs.landing.claim(key, landing.block_ids)) is not None:
             receiver.fail(f"landing refused: {reason}", self._now)
         else:
-            session.grant(receiver, landing)
+            receiver.grant(landing)
 
     def _ack(self, key: HandoffKey) -> None:
-        if key in self._receivers:
-            self._receivers[key][1].ack(self._now)
+        if (receiver := self._handoffs.receivers.get(key)) is not None:
+            receiver.ack(self._now)
 
     def _cancel(self, key: HandoffKey, reason: str, cause: GivenUp) -> None:
-        if (sender := self._senders.get(key)) is not None:
+        if (sender := self._handoffs.senders.get(key)) is not None:
             sender.cancel(reason, self._now, cause)
-        if key in self._receivers:
-            self._receivers[key][1].cancel(reason, self._now, cause)
+        if (receiver := self._handoffs.receivers.get(key)) is not None:
+            receiver.cancel(reason, self._now, cause)
 
-    # sessions
 
-    def _session_to(self, peer: PeerAddress) -> Session:
-        """The session on which offers to `peer` go, opened if there is none."""
-        self._roster.check_current(peer)
-        session = self._roster.outbound(peer)
-        if session is not None:
-            return session
-        self._replace_older(peer)
-        channel = self._transport.connect(peer.host, peer.port)
-        session = self._make_session(channel, partial(self._admit_expected, peer), initiator=True)
+class AgentThread:
+    """Polls the agent while there is work, sleeps in the transport's wait when there is none."""
+
+    def __init__(self, agent: TransferAgent, transport: Transport) -> None:
+        self._agent = agent
+        self._transport = transport
+        self._stopping = False
+        self._opened = threading.Event()
+        self._open_error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="kvtransfer", daemon=True)
+
+    def start(self) -> None:
+        """Returns once the transport is open, or raises what it raised."""
+        self._thread.start()
+        self._opened.wait()
+        if self._open_error is not None:
+            raise self._open_error
+
+    def stop(self) -> None:
+        """Idempotent; returns when the thread has ended."""
+        self._stopping = True
+        if self._thread.is_alive():
+            self._transport.wake()
+            self._thread.join()
+
+    def _run(self) -> None:
         try:
-            session.start()
-        except TransportError:
-            channel.close()
-            raise
-        self._roster.add_outbound(session, peer)
-        return session
-
-    def _accept(self, channel: Channel) -> None:
-        if self._roster.num_strangers() >= self._settings.max_strangers:
-            log.warning("connection refused: %d peers have not said who they are", self._settings.max_strangers)
-            channel.close()
+            self._transport.open()
+        except Exception as error:
+            self._open_error = error
             return
-        self._roster.add_inbound(self._make_session(channel, self._admit, initiator=False))
+        finally:
+            self._opened.set()
+        while not self._stopping:
+            try:
+                self._loop()
+            except Exception as error:
+                log.exception("a bug in the transfer agent: every session is closed")
+                self._agent.abandon(f"internal error in the transfer agent: {error}")
 
-    def _make_session(self, channel: Channel, admit: Callable[[Hello], None], initiator: bool) -> Session:
-        owner = SessionOwner(
-            generation=self._address.generation,
-            block_bytes=self._memory.block_bytes,
-            settings=self._settings,
-            sums=self._sums,
-            emit=self._emit,
-            opened=self._opened,
-            offered=self._offered,
-            forgotten=self._forgotten,
-        )
-        handshake = Handshake(self._secret, initiator, partial(self._hello, channel), admit)
-        return Session(channel, handshake, owner, self._now)
-
-    def _hello(self, channel: Channel) -> Hello:
-        return Hello(self._address, self._compatibility, channel.local_blob())
-
-    def _admit(self, hello: Hello) -> None:
-        check_compatible(self._compatibility, hello.compatibility)
-        self._roster.check_current(hello.address)
-
-    def _admit_expected(self, expected: PeerAddress, hello: Hello) -> None:
-        check_compatible(self._compatibility, hello.compatibility)
-        met = hello.address
-        if (met.engine_id, met.generation) != (expected.engine_id, expected.generation):
-            raise HandshakeRefused(
-                f"expected {expected.engine_id} generation {expected.generation}, "
-                f"met {met.engine_id} generation {met.generation}"
-            )
-
-    def _opened(self, session: Session, hello: Hello) -> None:
-        """An authenticated peer: what earlier incarnations or connections of it held is over."""
-        self._replace_older(hello.address)
-        for older in self._roster.opened(session, hello.address):
-            self._end_session(older, f"{hello.address.engine_id} has connected anew")
-
-    def _replace_older(self, peer: PeerAddress) -> None:
-        for older in self._roster.learn(peer):
-            self._end_session(older, f"{peer.engine_id} was replaced by generation {peer.generation}")
-
-    def _end_session(self, session: Session, reason: str) -> None:
-        session.close(reason)
-        self._retire(session)
-
-    def _retire(self, session: Session) -> None:
-        if self._roster.remove(session):
-            self._counters.retire(session)
-
-    # what sessions report
-
-    def _offered(self, session: Session, receiver: ReceiveHandoff) -> bool:
-        key = key_of(receiver.handle)
-        if key in self._receivers:
-            return False
-        self._receivers[key] = (session, receiver)
-        return True
-
-    def _forgotten(self, handle: Handle) -> None:
-        key = key_of(handle)
-        if key in self._senders and self._senders[key].handle == handle:
-            del self._senders[key]
-        if key in self._receivers and self._receivers[key][1].handle == handle:
-            del self._receivers[key]
-            self._landing.release(key)
-
-    def _emit(self, event: Event) -> None:
-        self._counters.on_event(event)
-        self._on_event(event)
-
-    def abandon(self, reason: str) -> None:
-        """Close every session; what they held is failed and released."""
-        for session in self._roster.snapshot():
-            self._end_session(session, reason)
+    def _loop(self) -> None:
+        spins = 0
+        while not self._stopping:
+            if self._agent.poll():
+                spins = 0
+                continue
+            spins += 1
+            if spins > _SPINS_WHILE_MOVING or not self._agent.busy:
+                self._transport.wait(self._agent.wait_s())
+                spins = 0

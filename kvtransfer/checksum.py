@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kvbaton.kvtransfer.block_memory import BlockMemory
 from kvbaton.kvtransfer.messages import Landing
 from kvbaton.kvtransfer.settings import CHECKSUM_OFF
+from kvbaton.kvtransfer.transport import BlockMemory
 from kvbaton.kvtransfer.wire import MAX_SUMS
 from kvbaton.settings import ConfigError
 
@@ -104,8 +104,8 @@ class LandingCheck:
         """The sender's sums from `next_sum` on."""
         self._expected.extend(values)
 
-    def mismatch(self, num_landed: int) -> str:
-        """Check what can be checked of the first `num_landed` blocks; what is wrong with one, or an empty string."""
+    def mismatch(self, num_landed: int) -> str | None:
+        """Check what can be checked of the first `num_landed` blocks. What is wrong with one; None if nothing is."""
         while self._expected and self._checked < num_landed:
             sent = self._expected.popleft()
             landed = self._sums.of(self._landing.block_ids[self._checked])
@@ -113,4 +113,4 @@ class LandingCheck:
                 index = self._landing.first_block + self._checked
                 return f"checksum mismatch in block {index}: {self._sums.kind} {sent:016x} sent, {landed:016x} landed"
             self._checked += 1
-        return ""
+        return None

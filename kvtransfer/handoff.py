@@ -1,7 +1,7 @@
-"""The states of a hand-off and of a session, with every legal transition.
+"""What the two sides of a hand-off share: their states with every legal step, and what they need of their session.
 
-Prefill (sender):   OFFERED --grant--> SENDING --posted--> AWAITING_ACK --ack--> DRAINING --drained--> RELEASED
-Decode (receiver):  OFFERED --grant--> LANDING --complete--> LANDED --ack--> RELEASED
+Prefill (sender.py):   OFFERED --grant--> SENDING --posted--> AWAITING_ACK --ack--> DRAINING --drained--> RELEASED
+Decode (receiver.py):  OFFERED --grant--> LANDING --complete--> LANDED --ack--> RELEASED
 
 Every live state may `end` (cancel, failure, lease expiry, lost session): the hand-off then drains. DRAINING means that
 operations may still touch its blocks; RELEASED means that none can. A hand-off in DRAINING is what the documents call
@@ -11,10 +11,17 @@ quarantined.
 from __future__ import annotations
 
 import enum
+from typing import Protocol
+
+from kvbaton.kvtransfer.checksum import BlockSums
+from kvbaton.kvtransfer.messages import Event, HandoffKey
+from kvbaton.kvtransfer.send_window import BlockSource
+from kvbaton.kvtransfer.transport import Operation
+from kvbaton.kvtransfer.wire import Handle, Message
 
 
-class IllegalTransition(Exception):
-    """A step that the state machine does not know: a bug in the caller or a peer that breaks the protocol."""
+class HandoffStateError(Exception):
+    """A step that the hand-off's state does not allow: a bug in the caller, or a peer that breaks the protocol."""
 
 
 class SenderState(enum.Enum):
@@ -49,12 +56,6 @@ class ReceiverStep(enum.Enum):
     DRAINED = "drained"
 
 
-class SessionState(enum.Enum):
-    CONNECTING = "connecting"
-    OPEN = "open"
-    CLOSED = "closed"
-
-
 _SENDER = {
     (SenderState.OFFERED, SenderStep.GRANT): SenderState.SENDING,
     (SenderState.SENDING, SenderStep.POSTED): SenderState.AWAITING_ACK,
@@ -77,16 +78,66 @@ _RECEIVER = {
 
 
 def next_sender_state(state: SenderState, step: SenderStep) -> SenderState:
-    """The state after `step`; raises IllegalTransition."""
+    """The state after `step`; raises HandoffStateError."""
     try:
         return _SENDER[state, step]
     except KeyError:
-        raise IllegalTransition(f"sender in {state.value} cannot take {step.value}") from None
+        raise HandoffStateError(f"sender in {state.value} cannot take {step.value}") from None
 
 
 def next_receiver_state(state: ReceiverState, step: ReceiverStep) -> ReceiverState:
-    """The state after `step`; raises IllegalTransition."""
+    """The state after `step`; raises HandoffStateError."""
     try:
         return _RECEIVER[state, step]
     except KeyError:
-        raise IllegalTransition(f"receiver in {state.value} cannot take {step.value}") from None
+        raise HandoffStateError(f"receiver in {state.value} cannot take {step.value}") from None
+
+
+def key_of(handle: Handle) -> HandoffKey:
+    """The workers' name of a hand-off."""
+    return HandoffKey(handle.request_id, handle.epoch)
+
+
+class HandoffLink(Protocol):
+    """The session, as its hand-offs see it; a recording one drives the state machines in tests."""
+
+    @property
+    def sums(self) -> BlockSums | None:
+        """How blocks are summed; None where they are not."""
+        ...
+
+    def send(self, message: Message) -> None:
+        """Queue a control message to the peer."""
+        ...
+
+    def emit(self, event: Event) -> None:
+        """Tell the worker."""
+        ...
+
+    def queue_block(self, source: BlockSource, index: int) -> None:
+        """Send block `index` of the prompt, or its abort, when the window has room."""
+        ...
+
+    def first_tag(self, handle: Handle, count: int) -> int:
+        """Reserve `count` tags for the receives of `handle`, which is polled from now on; the rest follow the first."""
+        ...
+
+    def post_receive(self, tag: int, block_id: int) -> Operation: ...
+
+    def failure(self, operation: Operation) -> str | None: ...
+
+    def received(self, count: int) -> None:
+        """Count completed receives."""
+        ...
+
+    def alive(self) -> bool:
+        """Ask the connection itself, now: False once the peer has hung up."""
+        ...
+
+    def drains(self) -> None:
+        """A hand-off waits for the peer to end its operations: ask for a sign of life, which comes at once."""
+        ...
+
+    def forget(self, handle: Handle) -> None:
+        """The hand-off is RELEASED."""
+        ...

@@ -15,9 +15,15 @@ from __future__ import annotations
 from collections import deque
 
 from kvbaton.kvtransfer.checksum import LandingCheck
-from kvbaton.kvtransfer.link import HandoffLink, key_of
+from kvbaton.kvtransfer.handoff import (
+    HandoffLink,
+    HandoffStateError,
+    ReceiverState,
+    ReceiverStep,
+    key_of,
+    next_receiver_state,
+)
 from kvbaton.kvtransfer.messages import Cause, Failed, GivenUp, Landed, Landing, Offer, Released
-from kvbaton.kvtransfer.states import IllegalTransition, ReceiverState, ReceiverStep, next_receiver_state
 from kvbaton.kvtransfer.transport import Operation
 from kvbaton.kvtransfer.wire import (
     AckMessage,
@@ -49,12 +55,13 @@ class ReceiveHandoff:
 
     # commands
 
-    def grant(self, landing: Landing, first_tag: int) -> None:
-        """`landing` must cover the offer's tail; the session has checked its block ids."""
+    def grant(self, landing: Landing) -> None:
+        """`landing` must cover the offer's tail; the agent has checked its block ids."""
         self.state = next_receiver_state(self.state, ReceiverStep.GRANT)
         self.landing = landing
         self._check = None if self._link.sums is None else LandingCheck(self._link.sums, landing)
         self._announced = landing.first_block
+        first_tag = self._link.first_tag(self.handle, len(landing.block_ids))
         for tag, block_id in enumerate(landing.block_ids, first_tag):
             self._receives.append(self._link.post_receive(tag, block_id))
         self._link.send(GrantMessage(self.handle, first_tag, landing.first_block, len(landing.block_ids)))
@@ -69,7 +76,7 @@ class ReceiveHandoff:
         self._link.forget(self.handle)
 
     def cancel(self, reason: str, now: float, cause: GivenUp = Cause.CANCELLED) -> None:
-        """Given up by the own worker: it hears only Released."""
+        """Given up by this engine's worker, which hears only Released; the peer hears why."""
         if self.live:
             self._link.send(CancelMessage(self.handle, reason, cause))
             self._end(now)
@@ -160,7 +167,7 @@ class ReceiveHandoff:
         """Compare what has landed with the checksums that have come."""
         if self._check is None or self.state is not ReceiverState.LANDING:
             return
-        if wrong := self._check.mismatch(self._num_landed()):
+        if (wrong := self._check.mismatch(self._num_landed())) is not None:
             self.fail(wrong, now, Cause.CHECKSUM)
 
     def _num_landed(self) -> int:
@@ -191,4 +198,4 @@ class ReceiveHandoff:
 
     def _require_landing(self, what: str) -> None:
         if self.state is not ReceiverState.LANDING:
-            raise IllegalTransition(f"{what} for a hand-off that is {self.state.value}")
+            raise HandoffStateError(f"{what} for a hand-off that is {self.state.value}")

@@ -11,9 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvbaton.kvtransfer.checksum import OutgoingSums
-from kvbaton.kvtransfer.link import HandoffLink, key_of
+from kvbaton.kvtransfer.handoff import (
+    HandoffLink,
+    HandoffStateError,
+    SenderState,
+    SenderStep,
+    key_of,
+    next_sender_state,
+)
 from kvbaton.kvtransfer.messages import Cause, Failed, GivenUp, Granted, Offer, Released
-from kvbaton.kvtransfer.states import IllegalTransition, SenderState, SenderStep, next_sender_state
 from kvbaton.kvtransfer.wire import (
     BlocksMessage,
     CancelMessage,
@@ -27,7 +33,7 @@ from kvbaton.kvtransfer.wire import (
 
 
 class SendHandoff:
-    """Created by offer(), gone after Released. `now` is in seconds on the agent's clock."""
+    """Created by offer(), gone after Released. Implements BlockSource. `now` is in seconds on the agent's clock."""
 
     def __init__(self, handle: Handle, offer: Offer, link: HandoffLink, lease_s: float, now: float) -> None:
         self.handle = handle
@@ -71,7 +77,7 @@ class SendHandoff:
         self._finish_if_queued()
 
     def cancel(self, reason: str, now: float, cause: GivenUp = Cause.CANCELLED) -> None:
-        """Given up by the own worker: it hears only Released."""
+        """Given up by this engine's worker, which hears only Released; the peer hears why."""
         if self.live:
             self._link.send(CancelMessage(self.handle, reason, cause))
             self._end(now)
@@ -125,7 +131,7 @@ class SendHandoff:
 
     def tag(self, index: int) -> int:
         if self._grant is None:
-            raise IllegalTransition("no block may travel before the grant")
+            raise HandoffStateError("no block may travel before the grant")
         return self._grant.first_tag + index - self._grant.first_block
 
     def on_posted(self, index: int, value: int) -> None:

@@ -10,22 +10,22 @@ hand-offs.
 
 from __future__ import annotations
 
+import enum
 import logging
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from kvbaton.kvtransfer.checksum import BlockSums
 from kvbaton.kvtransfer.codec import WireError
-from kvbaton.kvtransfer.crossed_offers import CrossedOffers
+from kvbaton.kvtransfer.handoff import HandoffStateError, key_of
 from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, HandshakeStep, refusal
-from kvbaton.kvtransfer.link import key_of
-from kvbaton.kvtransfer.messages import Cause, Event, Landing, Offer, Offered, PeerAddress
-from kvbaton.kvtransfer.meter import LinkMeter
+from kvbaton.kvtransfer.messages import Cause, Event, Offer, Offered, PeerAddress
+from kvbaton.kvtransfer.open_handoffs import OpenHandoffs
 from kvbaton.kvtransfer.receiver import ReceiveHandoff
-from kvbaton.kvtransfer.send_window import SendWindow
+from kvbaton.kvtransfer.send_window import BlockSource, LateGrants, SendWindow
 from kvbaton.kvtransfer.sender import SendHandoff
-from kvbaton.kvtransfer.session_owner import SessionOwner
-from kvbaton.kvtransfer.states import IllegalTransition, SessionState
+from kvbaton.kvtransfer.settings import TransferSettings
+from kvbaton.kvtransfer.stats import LinkMeter, PeerStats, Traffic
 from kvbaton.kvtransfer.transport import Channel, Operation, TransportError
 from kvbaton.kvtransfer.wire import (
     BLOCK_TAG,
@@ -47,30 +47,49 @@ from kvbaton.kvtransfer.wire import (
 log = logging.getLogger(__name__)
 
 
-class Session:
-    """Not thread-safe: used on the agent's thread alone. Implements HandoffLink for its hand-offs."""
+class SessionState(enum.Enum):
+    CONNECTING = "connecting"
+    OPEN = "open"
+    CLOSED = "closed"
 
-    def __init__(self, channel: Channel, handshake: Handshake, owner: SessionOwner, now: float) -> None:
+
+class Session:
+    """Used on the agent's thread alone, but for its numbers. Implements HandoffLink for its hand-offs.
+
+    `generation` is this engine's. `on_open` is called once the peer is authenticated, before anything that it asks for.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        handshake: Handshake,
+        generation: int,
+        settings: TransferSettings,
+        handoffs: OpenHandoffs,
+        on_open: Callable[[Session, PeerAddress], None],
+        now: float,
+    ) -> None:
         self.channel = channel
         self.state = SessionState.CONNECTING
         self.peer: PeerAddress | None = None
-        self.close_reason = ""
-        self.meter = LinkMeter()
         self.senders: dict[Handle, SendHandoff] = {}
         self.receivers: dict[Handle, ReceiveHandoff] = {}
-        self.messages = 0
-        self.blocks_received = 0
         self._handshake = handshake
-        self._owner = owner
+        self._settings = settings
+        self._handoffs = handoffs
+        self._on_open = on_open
         self._now = now
         self._heard = now
-        self._frames = FrameNumbers(owner.generation, owner.settings.max_payload_bytes)
         self._renew_at = now
+        self._frames = FrameNumbers(generation, settings.max_payload_bytes)
         self._backlog: list[Message] = []
-        self._window = SendWindow(channel, owner.block_bytes, owner.settings.send_window, self.meter, owner.sums)
+        self._meter = LinkMeter()
+        self._window = SendWindow(channel, handoffs.block_bytes, settings.send_window, self._meter, handoffs.sums)
         self._landing: dict[Handle, ReceiveHandoff] = {}
-        self._crossed = CrossedOffers()
+        self._late_grants = LateGrants()
         self._next_tag = BLOCK_TAG | secrets.randbits(62)  # tags of one session never repeat and cannot be guessed
+        self._num_messages = 0
+        self._num_blocks_received = 0
 
     # life
 
@@ -112,7 +131,7 @@ class Session:
     def tick(self, now: float) -> None:
         """Timers: handshake deadline, renewals, leases, drains, silence."""
         self._now = now
-        settings = self._owner.settings
+        settings = self._settings
         if self.state is SessionState.CONNECTING:
             if now - self._heard >= settings.connect_s:
                 self.close(f"no handshake within {settings.connect_s} s")
@@ -124,7 +143,7 @@ class Session:
             receiver.on_tick(now, settings.stall_s)
         if now >= self._renew_at:
             self._renew()
-        draining = [h.draining_since for h in self._handoffs() if not h.live]
+        draining = [h.draining_since for h in self._own_handoffs() if not h.live]
         if any(now - since >= settings.drain_s for since in draining):
             self.close(f"peer has not finished its operations within {settings.drain_s} s")
         elif any(now - since >= settings.answer_s and since > self._heard for since in draining):
@@ -137,7 +156,6 @@ class Session:
         if self.closed:
             return
         self.state = SessionState.CLOSED
-        self.close_reason = reason
         self.channel.close()
         self._window.clear()
         self._landing.clear()
@@ -151,45 +169,57 @@ class Session:
 
     def offer(self, handle: Handle, offer: Offer, now: float) -> SendHandoff:
         self._now, self._heard = now, self._heard if self.has_handoffs else now  # idle: both may be older than a lease
-        sender = SendHandoff(handle, offer, self, self._owner.settings.lease_s, now)
+        sender = SendHandoff(handle, offer, self, self._settings.lease_s, now)
         self.senders[handle] = sender
         sender.start()
         return sender
 
-    def grant(self, receiver: ReceiveHandoff, landing: Landing) -> None:
-        """Post the receives and send GRANT. The caller has checked the block ids."""
-        first_tag = self._next_tag
-        self._next_tag += len(landing.block_ids)
-        receiver.grant(landing, first_tag)
-        self._landing[receiver.handle] = receiver
+    def _own_handoffs(self) -> list[SendHandoff | ReceiveHandoff]:
+        return [*self.senders.values(), *self.receivers.values()]
+
+    # numbers, for any thread
 
     def quarantined_blocks(self) -> int:
         """Blocks of ended hand-offs that operations may still touch."""
-        return sum(s.num_blocks_held for s in self.senders.values() if not s.live) + sum(
-            len(r.landing.block_ids) for r in self.receivers.values() if not r.live
-        )
+        reading = sum(s.num_blocks_held for s in list(self.senders.values()) if not s.live)
+        return reading + sum(len(r.landing.block_ids) for r in list(self.receivers.values()) if not r.live)
 
-    def _handoffs(self) -> list[SendHandoff | ReceiveHandoff]:
-        return [*self.senders.values(), *self.receivers.values()]
+    def traffic(self) -> Traffic:
+        bytes_received = self._num_blocks_received * self._handoffs.block_bytes
+        return Traffic(self._meter.bytes_sent, bytes_received, self._num_messages)
+
+    def peer_stats(self) -> PeerStats | None:
+        """None while the peer is not authenticated."""
+        peer, meter = self.peer, self._meter
+        if peer is None:
+            return None
+        transports = self.channel.describe()
+        return PeerStats(peer.engine_id, peer.generation, transports, meter.bandwidth_bytes_s, meter.latency_s)
 
     # HandoffLink
 
     @property
     def sums(self) -> BlockSums | None:
-        return self._owner.sums
+        return self._handoffs.sums
 
     def send(self, message: Message) -> None:
         if self.state is SessionState.CONNECTING:
             self._backlog.append(message)
         elif self.state is SessionState.OPEN and self.peer is not None:
-            self.messages += 1
+            self._num_messages += 1
             self.channel.send(self._frames.pack(message, self.peer))
 
     def emit(self, event: Event) -> None:
-        self._owner.emit(event)
+        self._handoffs.emit(event)
 
-    def queue_block(self, sender: SendHandoff, index: int) -> None:
-        self._window.queue_block(sender, index)
+    def queue_block(self, source: BlockSource, index: int) -> None:
+        self._window.queue_block(source, index)
+
+    def first_tag(self, handle: Handle, count: int) -> int:
+        first = self._next_tag
+        self._next_tag += count
+        self._landing[handle] = self.receivers[handle]
+        return first
 
     def post_receive(self, tag: int, block_id: int) -> Operation:
         return self.channel.post_receive(tag, block_id)
@@ -198,7 +228,7 @@ class Session:
         return self.channel.failure(operation)
 
     def received(self, count: int) -> None:
-        self.blocks_received += count
+        self._num_blocks_received += count
 
     def alive(self) -> bool:
         return self.channel.probe() is None
@@ -207,9 +237,11 @@ class Session:
         self._send_renew(())
 
     def forget(self, handle: Handle) -> None:
-        self._crossed.note(self.senders.pop(handle, None))
+        sender = self.senders.pop(handle, None)
+        if sender is not None and not sender.granted:
+            self._late_grants.expect(handle, sender.offer.num_blocks)
         self.receivers.pop(handle, None)
-        self._owner.forgotten(handle)
+        self._handoffs.forget(handle)
 
     # incoming
 
@@ -219,7 +251,7 @@ class Session:
             return
         message = self._frames.unpack(data, self.peer)
         self._heard = self._now
-        self.messages += 1
+        self._num_messages += 1
         self._dispatch(message)
 
     def _take_step(self, step: HandshakeStep) -> None:
@@ -231,7 +263,7 @@ class Session:
             self.state = SessionState.OPEN
             self._heard = self._now
             log.info("session with %s open over %s", self.peer, self.channel.describe())
-            self._owner.opened(self, step.peer)
+            self._on_open(self, step.peer.address)
             backlog, self._backlog = self._backlog, []
             for message in backlog:
                 self.send(message)
@@ -261,30 +293,33 @@ class Session:
                 self._to_sender(sender, message)
             else:
                 self._to_receiver(receiver, message)
-        except IllegalTransition as illegal:
+        except HandoffStateError as illegal:
             if sender is not None:
                 sender.fail(f"protocol error: {illegal}", self._now)
             if receiver is not None:
                 receiver.fail(f"protocol error: {illegal}", self._now)
 
     def _on_offer(self, message: OfferMessage) -> None:
+        if message.handle in self.receivers:
+            raise HandoffStateError("offered twice")
         offer = Offer(key_of(message.handle), message.num_tokens, message.num_blocks)
         receiver = ReceiveHandoff(message.handle, offer, self)
-        settings = self._owner.settings
-        reason = ""
-        if message.handle in self.receivers:
-            raise IllegalTransition("offered twice")
-        if len(self.receivers) >= settings.max_handoffs_per_session:
-            reason = f"more than {settings.max_handoffs_per_session} open hand-offs"
-        elif message.num_blocks > settings.max_blocks_per_handoff:
-            reason = f"{message.num_blocks} blocks are more than {settings.max_blocks_per_handoff}"
-        elif not self._owner.offered(self, receiver):
+        reason = self._over_a_limit(offer)
+        if reason is None and not self._handoffs.add_receiver(receiver):
             reason = "a hand-off of this request and epoch is open already"
-        if reason or self.peer is None:
+        if reason is not None or self.peer is None:
             self.send(FailMessage(message.handle, f"offer refused: {reason}"))
             return
         self.receivers[message.handle] = receiver
         self.emit(Offered(offer, self.peer))
+
+    def _over_a_limit(self, offer: Offer) -> str | None:
+        settings = self._settings
+        if len(self.receivers) >= settings.max_handoffs_per_session:
+            return f"more than {settings.max_handoffs_per_session} open hand-offs"
+        if offer.num_blocks > settings.max_blocks_per_handoff:
+            return f"{offer.num_blocks} blocks are more than {settings.max_blocks_per_handoff}"
+        return None
 
     def _to_sender(self, sender: SendHandoff | None, message: GrantMessage | AckMessage) -> None:
         if isinstance(message, AckMessage):
@@ -292,7 +327,7 @@ class Session:
                 sender.on_ack(self._now)
         elif sender is not None and sender.live:
             sender.on_grant(message, self._now)
-        elif sender is None and message.count <= self._crossed.take(message.handle):
+        elif sender is None and message.count <= self._late_grants.take(message.handle):
             self._window.queue_aborts(message.first_tag, message.count)  # completes the receives that it speaks of
         elif sender is None:
             self.send(FailMessage(message.handle, "refused: no such hand-off here"))
@@ -311,7 +346,7 @@ class Session:
 
     def _on_renew(self, message: RenewMessage) -> None:
         if message.is_reply:
-            self.meter.on_round_trip(self._now - message.stamp_us / 1e6)
+            self._meter.on_round_trip(self._now - message.stamp_us / 1e6)
             return
         for handle in message.handles:
             if handle in self.senders:
@@ -321,8 +356,8 @@ class Session:
         self.send(RenewMessage(message.stamp_us, True, ()))
 
     def _renew(self) -> None:
-        self._renew_at = self._now + self._owner.settings.renew_s
-        live = [h.handle for h in self._handoffs() if h.live]
+        self._renew_at = self._now + self._settings.renew_s
+        live = [h.handle for h in self._own_handoffs() if h.live]
         for start in range(0, len(live), MAX_RENEW_HANDLES):
             self._send_renew(live[start : start + MAX_RENEW_HANDLES])
 
@@ -330,9 +365,9 @@ class Session:
         self.send(RenewMessage(max(0, int(self._now * 1e6)), False, tuple(handles)))
 
     def _warn_if_slow(self) -> None:
-        floor = self._owner.settings.bandwidth_floor_bytes_s
-        if self.meter.becomes_slow(floor):
-            measured, over = self.meter.bandwidth_bytes_s, self.channel.describe()
+        floor = self._settings.bandwidth_floor_bytes_s
+        if self._meter.becomes_slow(floor):
+            measured, over = self._meter.bandwidth_bytes_s, self.channel.describe()
             log.warning("slow link to %s: %.3g B/s over %s, floor %.3g", self.peer, measured, over, floor)
 
     # blocks

@@ -1,4 +1,6 @@
-"""The seam under the agent: channels that carry control messages and blocks. Single-threaded but for `wake`.
+"""The seam under the agent: block memory, and channels that carry control messages and blocks.
+
+A transport and its channels are used on one thread, but for `wake`.
 
 A channel starts in its handshake phase, in which `send` and `receive` carry handshake frames and no block may move.
 Each side shows the other its `local_blob`; `establish(peer's blob)` opens the data path, and from then on `send` and
@@ -11,11 +13,25 @@ of the channel can touch any block any more, completed or not.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class TransportError(Exception):
     """The transport cannot do what was asked; the text says why."""
+
+
+class BlockMemory(Protocol):
+    """A KV pool seen as `num_blocks` numbered byte ranges of equal size, each contiguous."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    def block(self, block_id: int) -> Any:
+        """The block as an object with a buffer (CPU) or `__cuda_array_interface__` (GPU); no copy."""
+        ...
 
 
 class Operation(Protocol):

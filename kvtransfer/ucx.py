@@ -16,12 +16,10 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
 
-from kvbaton.kvtransfer.block_arrays import BlockArrays
-from kvbaton.kvtransfer.block_memory import BlockMemory
 from kvbaton.kvtransfer.hello_socket import HelloSocket
-from kvbaton.kvtransfer.transport import Channel, TransportError
+from kvbaton.kvtransfer.transport import BlockMemory, Channel, TransportError
 from kvbaton.kvtransfer.ucx_channel import UcxChannel
-from kvbaton.kvtransfer.ucx_library import load_ucxx, ucx_config
+from kvbaton.kvtransfer.ucx_library import BlockArrays, load_ucxx, ucx_config
 
 _BACKLOG = 128
 _SOCKET_INTERVAL = 16  # calls of progress between two looks at the sockets

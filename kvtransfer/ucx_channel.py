@@ -16,10 +16,9 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from kvbaton.kvtransfer.block_arrays import BlockArrays
 from kvbaton.kvtransfer.hello_socket import HelloSocket
 from kvbaton.kvtransfer.transport import Operation, TransportError
-from kvbaton.kvtransfer.ucx_library import array_of, endpoint_transports
+from kvbaton.kvtransfer.ucx_library import BlockArrays, array_of, endpoint_transports
 
 CONTROL_TAG = 1
 

@@ -20,7 +20,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from kvbaton.kvtransfer.transport import TransportError
+from kvbaton.kvtransfer.transport import BlockMemory, TransportError
 
 _ALWAYS = {"POSIX_ERROR_HANDLING": "y", "SYSV_ERROR_HANDLING": "y"}
 _HOST_MEMORY = {
@@ -67,6 +67,21 @@ def array_of(buffer: Any) -> Any:
     from ucxx._lib.arr import Array
 
     return Array(buffer)
+
+
+class BlockArrays:
+    """ucxx's views of a memory's blocks, made once each: a view costs more than the call that uses it."""
+
+    def __init__(self, memory: BlockMemory) -> None:
+        self._memory = memory
+        self._arrays: dict[int, Any] = {}
+        self.empty = array_of(bytearray())
+
+    def of(self, block_id: int) -> Any:
+        array = self._arrays.get(block_id)
+        if array is None:
+            array = self._arrays[block_id] = array_of(self._memory.block(block_id))
+        return array
 
 
 class _TransportEntry(ctypes.Structure):

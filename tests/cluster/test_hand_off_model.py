@@ -229,7 +229,7 @@ class HandOffMachine(RuleBasedStateMachine):
         """In the place of what is due, as soon as it can do harm."""
         node = self.service.nodes[name]
         for _ in range(times if node.alive else 0):
-            if old_words(node.agent):
+            if old_words(node.transport):
                 node.poll()
                 break
             self.run_all(1)

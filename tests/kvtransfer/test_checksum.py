@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from kvbaton.kvtransfer.checksum import BlockSums, block_sums
+from kvbaton.kvtransfer.handoff import ReceiverState
 from kvbaton.kvtransfer.messages import Cause, Failed, HandoffKey, Landed, Landing, Offer, Released
 from kvbaton.kvtransfer.receiver import ReceiveHandoff
 from kvbaton.kvtransfer.sender import SendHandoff
 from kvbaton.kvtransfer.settings import TransferSettings
-from kvbaton.kvtransfer.states import ReceiverState
 from kvbaton.kvtransfer.transport import Transport
 from kvbaton.kvtransfer.wire import (
     BLOCK_TAG,
@@ -135,7 +135,7 @@ def landing(announced: int = 3) -> tuple[ReceiveHandoff, RecordingLink]:
     link = RecordingLink()
     link.sums = SUMS
     receiver = ReceiveHandoff(HANDLE, Offer(KEY, 64, 4), link)
-    receiver.grant(Landing(1, (20, 21, 22)), BLOCK_TAG)
+    receiver.grant(Landing(1, (20, 21, 22)))
     receiver.on_blocks(BlocksMessage(HANDLE, 1, announced), 0.0)
     return receiver, link
 
@@ -196,7 +196,7 @@ def test_sums_that_were_not_agreed_are_refused() -> None:
     receiver, link = landing()
     link.sums = None
     receiver = ReceiveHandoff(HANDLE, Offer(KEY, 64, 4), link)
-    receiver.grant(Landing(1, (20, 21, 22)), BLOCK_TAG)
+    receiver.grant(Landing(1, (20, 21, 22)))
     receiver.on_blocks(BlocksMessage(HANDLE, 1, 3), 0.0)
     receiver.on_sums(SumsMessage(HANDLE, 1, (200,)), 0.0)
     assert link.events == [Failed(KEY, "checksums came where none were agreed")]

@@ -140,10 +140,10 @@ def test_a_duplicated_block_is_a_protocol_error_that_ends_the_session() -> None:
     ],
 )
 def test_a_broken_control_frame_ends_the_session_on_both_sides(fault: Fault, what: bytes, unheard: bool) -> None:
-    rig, prefill, decode, _ = faulty_pair(Script())
+    script = Script()
+    rig, prefill, decode, _ = faulty_pair(script)
     prefill.agent.offer(offer(4, "other"), decode.agent.address())
     rig.settle()
-    script = prefill.transport._plan
     script.control, script.containing = fault, what
     hand_off(rig, prefill, decode)
     rig.advance(30.0)
@@ -161,10 +161,10 @@ def test_a_broken_control_frame_ends_the_session_on_both_sides(fault: Fault, wha
 @pytest.mark.parametrize("what", [b"payload", b"r"])
 def test_a_lost_control_frame_shows_with_the_next_one(what: bytes) -> None:
     """No timeout is needed: the renewal that follows has the wrong number."""
-    rig, prefill, decode, _ = faulty_pair(Script())
+    script = Script()
+    rig, prefill, decode, _ = faulty_pair(script)
     prefill.agent.offer(offer(4, "other"), decode.agent.address())
     rig.settle()
-    script = prefill.transport._plan
     script.control, script.containing = Fault.DROP, what
     hand_off(rig, prefill, decode)
     rig.advance(4.0)

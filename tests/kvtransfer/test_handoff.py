@@ -306,20 +306,6 @@ def test_a_frozen_prefill_costs_decode_one_lease(state: str) -> None:
     assert kinds(decode.take()) == [Failed, Released]
 
 
-def test_a_hand_off_that_the_peer_does_not_know_ends_with_the_next_renewal() -> None:
-    """Both sides agree again even if one of them lost a hand-off without a word."""
-    rig, prefill, decode = pair()
-    offered(rig, prefill, decode)
-    session = decode.agent._roster.snapshot()[0]
-    session.receivers.clear()
-    decode.agent._receivers.clear()
-    rig.advance(4.0)
-    assert prefill.take() == [
-        Failed(key(), "refused: no such hand-off here"),
-        Released(key(), acked=False),
-    ]
-
-
 def test_a_wrong_secret_a_wrong_field_and_nobody_there_name_the_reason() -> None:
     rig = Rig()
     prefill = rig.engine("p")

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from kvbaton.kvtransfer.states import (
-    IllegalTransition,
+from kvbaton.kvtransfer.handoff import (
+    HandoffStateError,
     ReceiverState,
     ReceiverStep,
     SenderState,
@@ -43,7 +43,7 @@ def test_sender_steps(state: SenderState, step: SenderStep) -> None:
     if (state, step) in SENDER:
         assert next_sender_state(state, step) is SENDER[state, step]
     else:
-        with pytest.raises(IllegalTransition, match=f"{state.value} cannot take {step.value}"):
+        with pytest.raises(HandoffStateError, match=f"{state.value} cannot take {step.value}"):
             next_sender_state(state, step)
 
 
@@ -52,5 +52,5 @@ def test_receiver_steps(state: ReceiverState, step: ReceiverStep) -> None:
     if (state, step) in RECEIVER:
         assert next_receiver_state(state, step) is RECEIVER[state, step]
     else:
-        with pytest.raises(IllegalTransition, match=f"{state.value} cannot take {step.value}"):
+        with pytest.raises(HandoffStateError, match=f"{state.value} cannot take {step.value}"):
             next_receiver_state(state, step)

@@ -7,7 +7,6 @@ import tracemalloc
 import pytest
 
 from kvbaton.kvtransfer.messages import Cause, Landed, Landing, Offered, Released
-from kvbaton.kvtransfer.session import Session
 from kvbaton.kvtransfer.wire import (
     BLOCK_TAG,
     AckMessage,
@@ -20,7 +19,7 @@ from kvbaton.kvtransfer.wire import (
     Message,
     RenewMessage,
 )
-from support.transfer_rig import Engine, Rig, key, kinds, offer
+from support.transfer_rig import BareEngine, Engine, Rig, key, kinds, offer
 
 FOREIGN = {
     "grant": lambda handle: GrantMessage(handle, BLOCK_TAG | 5, 0, 4),
@@ -33,28 +32,24 @@ FOREIGN = {
 }
 
 
-def session_of(engine: Engine, peer: str) -> Session:
-    return next(s for s in engine.agent._roster.snapshot() if s.peer is not None and s.peer.engine_id == peer)
-
-
-def honest_and_liar() -> tuple[Rig, Engine, Engine, Engine, Handle]:
-    """p has offered to d, and to the liar, which has offered to d."""
+def honest_and_liar() -> tuple[Rig, Engine, Engine, BareEngine, Handle]:
+    """p has offered to d, and to the liar, which has offered to d. The handle is that of the first."""
     rig = Rig()
-    prefill, decode, liar = rig.engine("p"), rig.engine("d"), rig.engine("liar")
+    prefill, decode, liar = rig.engine("p"), rig.engine("d"), rig.bare("liar")
     prefill.memory.fill(1)
     prefill.agent.offer(offer(4), decode.agent.address())
-    prefill.agent.offer(offer(2, "for-liar"), liar.agent.address())
-    liar.agent.offer(offer(2, "of-liar"), decode.agent.address())
+    prefill.agent.offer(offer(2, "for-liar"), liar.address)
+    liar.to(decode.agent.address()).offer(Handle("of-liar", 0, 1), offer(2, "of-liar"), rig.clock())
     rig.settle()
-    (handle,) = session_of(prefill, "d").senders
-    return rig, prefill, decode, liar, handle
+    told = liar.handoffs.receivers[key("for-liar")].handle
+    return rig, prefill, decode, liar, Handle("r", 0, told.serial - 1)
 
 
 @pytest.mark.parametrize("victim", ["p", "d"])
 @pytest.mark.parametrize("what", FOREIGN)
 def test_nobody_speaks_for_another_ones_hand_off(what: str, victim: str) -> None:
     rig, prefill, decode, liar, handle = honest_and_liar()
-    session_of(liar, victim).send(FOREIGN[what](handle))
+    liar.session_with(victim).send(FOREIGN[what](handle))
     rig.settle()
     decode.agent.grant(key(), Landing(0, (20, 21, 22, 23)))
     prefill.agent.blocks_ready(key(), [1, 2, 3, 4])
@@ -73,23 +68,24 @@ def test_a_grant_for_nothing_is_refused_and_allocates_nothing(handle: Handle) ->
     rig, prefill, _, liar, _ = honest_and_liar()
     tracemalloc.start()
     for _ in range(20):
-        session_of(liar, "p").send(GrantMessage(handle, BLOCK_TAG | 5, 0, (1 << 20) - 1))
+        liar.session_with("p").send(GrantMessage(handle, BLOCK_TAG | 5, 0, (1 << 20) - 1))
     rig.settle()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
-    assert not session_of(prefill, "liar").busy
+    assert not prefill.agent.busy
 
 
-def test_more_than_was_offered_is_refused_after_the_end_too() -> None:
-    """A grant that crosses the cancel is answered block by block, but only for as many blocks as were offered."""
+@pytest.mark.parametrize(("count", "answered"), [(2, True), (3, False)])
+def test_a_late_grant_is_answered_for_as_many_blocks_as_were_offered(count: int, answered: bool) -> None:
+    """One that crosses the cancel is answered block by block; one for more blocks is refused as anybody's would be."""
     _, prefill, _, liar, _ = honest_and_liar()
-    handle = next(h for h in session_of(prefill, "liar").senders if h.request_id == "for-liar")
+    handle = liar.handoffs.receivers[key("for-liar")].handle
     prefill.agent.cancel(key("for-liar"), "given up")
     prefill.agent.poll()
-    session_of(liar, "p").send(GrantMessage(handle, BLOCK_TAG | 5, 0, 3))
+    liar.session_with("p").send(GrantMessage(handle, BLOCK_TAG | 5, 0, count))
     prefill.agent.poll()
-    assert not session_of(prefill, "liar").busy
+    assert prefill.agent.busy is answered
     assert Offered in kinds(liar.events)
 
 
@@ -100,10 +96,9 @@ def hostile_messages() -> list[Message]:
 
 def test_messages_of_unknown_hand_offs_cost_at_most_an_answer_each() -> None:
     rig, prefill, _, liar, _ = honest_and_liar()
-    session = session_of(liar, "p")
-    before = session_of(prefill, "liar").messages
+    before = prefill.agent.stats().messages
     for message in hostile_messages():
-        session.send(message)
+        liar.session_with("p").send(message)
     rig.settle()
-    assert session_of(prefill, "liar").messages - before <= 2 * len(FOREIGN) + 1
+    assert prefill.agent.stats().messages - before <= 2 * len(FOREIGN) + 1
     assert (prefill.agent.stats().sending, prefill.agent.stats().receiving) == (2, 0)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from kvbaton.kvtransfer.handoff import HandoffStateError, ReceiverState
 from kvbaton.kvtransfer.messages import Failed, HandoffKey, Landed, Landing, Offer, Released
 from kvbaton.kvtransfer.receiver import ReceiveHandoff
-from kvbaton.kvtransfer.states import IllegalTransition, ReceiverState
-from kvbaton.kvtransfer.wire import BLOCK_TAG, AckMessage, BlocksMessage, DoneMessage, GrantMessage, Handle
-from support.recording_link import RecordingLink
+from kvbaton.kvtransfer.wire import AckMessage, BlocksMessage, DoneMessage, GrantMessage, Handle
+from support.recording_link import FIRST_TAG, RecordingLink
 
 KEY = HandoffKey("r", 2)
 HANDLE = Handle("r", 2, 7)
-TAG = BLOCK_TAG + 100
 
 
 def start() -> tuple[ReceiveHandoff, RecordingLink]:
@@ -25,7 +24,7 @@ def in_state(state: ReceiverState) -> tuple[ReceiveHandoff, RecordingLink]:
     receiver, link = start()
     if state is ReceiverState.OFFERED:
         return receiver, link
-    receiver.grant(Landing(1, (20, 21, 22)), TAG)
+    receiver.grant(Landing(1, (20, 21, 22)))
     receiver.on_blocks(BlocksMessage(HANDLE, 1, 1), 0.0)
     link.receives[0].complete()
     receiver.poll(0.0)
@@ -47,16 +46,16 @@ def test_receives_are_posted_before_the_grant_leaves() -> None:
     sent_at_post: list[int] = []
     post = link.post_receive
     link.post_receive = lambda tag, block: (sent_at_post.append(len(link.sent)), post(tag, block))[1]  # type: ignore[method-assign]
-    receiver.grant(Landing(1, (20, 21, 22)), TAG)
+    receiver.grant(Landing(1, (20, 21, 22)))
     assert sent_at_post == [0, 0, 0]
-    assert [(r.tag, r.block_id) for r in link.receives] == [(TAG, 20), (TAG + 1, 21), (TAG + 2, 22)]
-    assert link.sent == [GrantMessage(HANDLE, TAG, 1, 3)]
+    assert [(r.tag, r.block_id) for r in link.receives] == [(FIRST_TAG, 20), (FIRST_TAG + 1, 21), (FIRST_TAG + 2, 22)]
+    assert link.sent == [GrantMessage(HANDLE, FIRST_TAG, 1, 3)]
 
 
 @pytest.mark.parametrize("done_first", [True, False])
 def test_landed_needs_every_block_and_done_in_either_order(done_first: bool) -> None:
     receiver, link = start()
-    receiver.grant(Landing(2, (20, 21)), TAG)
+    receiver.grant(Landing(2, (20, 21)))
     receiver.on_blocks(BlocksMessage(HANDLE, 2, 2), 0.0)
     if done_first:
         receiver.on_done(DoneMessage(HANDLE, 2, b"p"), 0.0)
@@ -77,7 +76,7 @@ def test_landed_needs_every_block_and_done_in_either_order(done_first: bool) -> 
 
 def test_everything_cached_lands_with_done_alone() -> None:
     receiver, link = start()
-    receiver.grant(Landing(4, ()), TAG)
+    receiver.grant(Landing(4, ()))
     assert link.events == []
     receiver.on_done(DoneMessage(HANDLE, 0, b"p"), 0.0)
     assert link.events == [Landed(KEY, b"p")]
@@ -176,9 +175,9 @@ def test_a_peer_that_miscounts_fails_the_hand_off(message: BlocksMessage | DoneM
 
 def test_data_before_the_grant_is_illegal_and_ack_before_landed_fails() -> None:
     receiver, _ = in_state(ReceiverState.OFFERED)
-    with pytest.raises(IllegalTransition):
+    with pytest.raises(HandoffStateError):
         receiver.on_blocks(BlocksMessage(HANDLE, 0, 1), 0.0)
-    with pytest.raises(IllegalTransition):
+    with pytest.raises(HandoffStateError):
         receiver.on_done(DoneMessage(HANDLE, 0, b""), 0.0)
     receiver, link = in_state(ReceiverState.LANDING)
     receiver.ack(0.0)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from kvbaton.kvtransfer.handoff import HandoffStateError, SenderState
 from kvbaton.kvtransfer.messages import Failed, Granted, HandoffKey, Offer, Released
 from kvbaton.kvtransfer.sender import SendHandoff
-from kvbaton.kvtransfer.states import IllegalTransition, SenderState
 from kvbaton.kvtransfer.wire import BLOCK_TAG, BlocksMessage, DoneMessage, GrantMessage, Handle
 from support.recording_link import RecordingLink
 
@@ -177,9 +177,9 @@ def test_a_grant_that_does_not_fit_the_offer_fails(first: int, count: int) -> No
 
 def test_a_second_grant_and_an_early_ack_are_illegal() -> None:
     sender, _ = in_state(SenderState.SENDING)
-    with pytest.raises(IllegalTransition):
+    with pytest.raises(HandoffStateError):
         sender.on_grant(grant(1, 3), 0.0)
-    with pytest.raises(IllegalTransition):
+    with pytest.raises(HandoffStateError):
         sender.on_ack(0.0)
 
 

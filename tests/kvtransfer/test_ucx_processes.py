@@ -41,7 +41,8 @@ class Peer:
             "seed": seed,
             "lease_s": lease_s,
         }
-        env = {**os.environ, "UCX_TLS": tls, "PYTHONPATH": str(TESTS)}
+        paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        env = {**os.environ, "UCX_TLS": tls, "PYTHONPATH": os.pathsep.join(paths)}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "support.transfer_process", json.dumps(arguments)],
             stdin=subprocess.PIPE,

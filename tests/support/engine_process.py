@@ -239,7 +239,7 @@ def _cut(host: EngineHost, what: str) -> None:
     if what == "session":
         sockets = [s.connection._transport.get_extra_info("socket") for s in _parts(host).sessions._sessions.values()]
     else:
-        sockets = [s.channel.hello._sock for s in _parts(host).agent._roster.snapshot()]
+        sockets = [s.channel.hello._sock for s in _parts(host).agent._sessions.snapshot()]
     for sock in sockets:
         with contextlib.suppress(OSError):  # closed in this moment, since the peer's end was cut first
             sock.shutdown(socket.SHUT_RDWR)

@@ -13,8 +13,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Protocol
 
-from kvbaton.kvtransfer.block_memory import BlockMemory
-from kvbaton.kvtransfer.transport import Channel, Operation, Transport
+from kvbaton.kvtransfer.transport import BlockMemory, Channel, Operation, Transport
 
 
 class Fault(enum.Enum):
@@ -79,7 +78,7 @@ class CorruptedReceive:
 
 
 class FaultyChannel:
-    """Implements Channel over another one."""
+    """Implements Channel over another one. `said` and `heard` are the frames that this end has sent and received."""
 
     def __init__(self, inner: Channel, plan: FaultPlan, memory: BlockMemory | None = None) -> None:
         self.inner = inner
@@ -88,6 +87,13 @@ class FaultyChannel:
         self._held_frames: deque[bytes] = deque()
         self._held_blocks: deque[tuple[int, int, DeferredOperation]] = deque()
         self._dead: str | None = None
+        self.said: list[bytes] = []
+        self.heard: list[bytes] = []
+
+    @property
+    def held_blocks(self) -> list[int]:
+        """Blocks whose sends are delayed."""
+        return [block for _, block, _ in self._held_blocks]
 
     def local_blob(self) -> bytes:
         return self.inner.local_blob()
@@ -96,6 +102,7 @@ class FaultyChannel:
         self.inner.establish(peer_blob)
 
     def send(self, data: bytes) -> None:
+        self.said.append(data)
         fault = self._plan.on_control(data)
         if fault is Fault.DIE:
             self.die()
@@ -109,7 +116,10 @@ class FaultyChannel:
                 self.inner.send(data)
 
     def receive(self) -> bytes | bytearray | None:
-        return None if self._dead else self.inner.receive()
+        data = None if self._dead else self.inner.receive()
+        if data is not None:
+            self.heard.append(bytes(data))
+        return data
 
     def post_receive(self, tag: int, block_id: int) -> Operation:
         receive = self.inner.post_receive(tag, block_id)

@@ -12,8 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 
-from kvbaton.kvtransfer.block_memory import BlockMemory
-from kvbaton.kvtransfer.transport import Channel, Operation
+from kvbaton.kvtransfer.transport import BlockMemory, Channel, Operation
 
 
 class LoopbackOperation:
@@ -116,6 +115,21 @@ class LoopbackChannel:
         self._lost: str | None = None
         self._established = False
 
+    @property
+    def writable_blocks(self) -> list[int]:
+        """Blocks of this end with a posted receive."""
+        return [block for block, _ in self._receives.values()]
+
+    @property
+    def readable_blocks(self) -> list[int]:
+        """Blocks of this end that are on their way to the peer."""
+        on_their_way = [] if self._peer is None or self.closed else self._peer._arriving
+        return [block for _, block, _ in on_their_way if block is not None]
+
+    def hear(self, data: bytes) -> None:
+        """A frame arrives here, as if the peer had sent it."""
+        self._inbox.append(data)
+
     def join(self, peer: LoopbackChannel) -> None:
         self._peer, peer._peer = peer, self
 
@@ -128,7 +142,7 @@ class LoopbackChannel:
     def send(self, data: bytes) -> None:
         with self._transport.network.lock:
             if self._peer is not None and self._lost is None:
-                self._peer._inbox.append(data)
+                self._peer.hear(data)
                 self._peer._transport.wake()
 
     def receive(self) -> bytes | bytearray | None:

@@ -1,21 +1,30 @@
 """What the network between toy engines does to messages, and a check of who may touch which block meanwhile.
 
 Faults strike where a message leaves a node: one-shot ones hit its next control frame or block, or the next receive that
-it posts; a delay holds back what it names until `release`. Blocks can so arrive long after the control frames that end
+it posts; a delay holds back what it names until `release`. So blocks can arrive long after the control frames that end
 their hand-off.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Protocol
 
 from kvbaton.cluster.host.worker import Worker
 from kvbaton.engine.handoff_payload import encode_first_tokens
 from kvbaton.engine.kv.kv_manager import KVManager
-from kvbaton.kvtransfer.agent import TransferAgent
 from kvbaton.kvtransfer.codec import WireError, pack
-from kvbaton.kvtransfer.states import ReceiverState
-from kvbaton.kvtransfer.wire import DoneMessage, Frame, decode_frame
+from kvbaton.kvtransfer.wire import (
+    AckMessage,
+    BlocksMessage,
+    CancelMessage,
+    DoneMessage,
+    FailMessage,
+    Frame,
+    GrantMessage,
+    Handle,
+    decode_frame,
+)
 from support.faulty_transport import Fault, FaultyChannel, FaultyTransport
 from support.loopback import LoopbackChannel
 
@@ -90,32 +99,52 @@ def assert_only_owners_are_touched(node: Touched) -> None:
 
 def written(channel: FaultyChannel) -> list[int]:
     """Blocks of this end with a posted receive."""
-    return [block for block, _ in _loopback(channel)._receives.values()]
+    return _loopback(channel).writable_blocks
 
 
 def read(channel: FaultyChannel) -> list[int]:
     """Blocks of this end that are on their way, or held back."""
-    end = _loopback(channel)
-    sent = [] if end._peer is None or end.closed else [block for _, block, _ in end._peer._arriving]
-    held = [block for _, block, _ in channel._held_blocks]
-    return [block for block in [*sent, *held] if block is not None]
+    return [*_loopback(channel).readable_blocks, *channel.held_blocks]
 
 
-def old_words(agent: TransferAgent) -> bool:
+def old_words(transport: FaultyTransport) -> bool:
     """An earlier incarnation of a peer says DONE, with a token that is not the one of now, for each hand-off of which
     nothing else is missing here, in frames that are numbered as if they were next. False if there is none."""
     said = False
-    for session in agent._roster.snapshot():
-        if session.peer is None or not isinstance(session.channel, FaultyChannel):
+    for channel in transport.channels.values():
+        end = _loopback(channel)
+        heard = [] if end.closed or channel.lost() is not None else _frames(channel.heard)
+        if not heard:
             continue
-        landing = [r for r in session.receivers.values() if r.state is ReceiverState.LANDING]
-        due = [r for r in landing if r._announced == r.offer.num_blocks]
-        for number, receiver in enumerate(due, session._frames._received):
-            done = DoneMessage(receiver.handle, len(receiver.landing.block_ids), WRONG_TOKEN)
-            frame = Frame(number, session.peer.generation - 1, agent.address().generation, done)
-            _loopback(session.channel)._inbox.append(pack(frame))
+        last = heard[-1]
+        for number, done in enumerate(_all_announced(heard, _frames(channel.said)), last.number + 1):
+            end.hear(pack(Frame(number, last.source_generation - 1, last.target_generation, done)))
             said = True
     return said
+
+
+def _all_announced(heard: list[Frame], said: list[Frame]) -> list[DoneMessage]:
+    """The DONE that is due for each hand-off whose blocks are all on their way here."""
+    due: dict[Handle, DoneMessage] = {}
+    for message in (frame.message for frame in said):
+        if isinstance(message, GrantMessage):
+            due[message.handle] = DoneMessage(message.handle, message.count, WRONG_TOKEN)
+    announced = dict.fromkeys(due, 0)
+    for message in (frame.message for frame in [*heard, *said]):
+        if isinstance(message, BlocksMessage) and message.handle in due:
+            announced[message.handle] += message.count
+        elif isinstance(message, AckMessage | CancelMessage | FailMessage):
+            due.pop(message.handle, None)
+    return [done for handle, done in due.items() if announced[handle] == done.num_sent]
+
+
+def _frames(data: list[bytes]) -> list[Frame]:
+    """Those of the open session; the handshake's are left out."""
+    frames = []
+    for item in data:
+        with contextlib.suppress(WireError):
+            frames.append(decode_frame(item, len(item)))
+    return frames
 
 
 def _is_done(data: bytes) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from kvbaton.kvtransfer.checksum import BlockSums
 from kvbaton.kvtransfer.messages import Event
-from kvbaton.kvtransfer.sender import SendHandoff
+from kvbaton.kvtransfer.send_window import BlockSource
 from kvbaton.kvtransfer.transport import Operation
-from kvbaton.kvtransfer.wire import Handle, Message
+from kvbaton.kvtransfer.wire import BLOCK_TAG, Handle, Message
+
+FIRST_TAG = BLOCK_TAG + 100
 
 
 class Receive:
@@ -39,8 +41,11 @@ class RecordingLink:
     def emit(self, event: Event) -> None:
         self.events.append(event)
 
-    def queue_block(self, sender: SendHandoff, index: int) -> None:
+    def queue_block(self, source: BlockSource, index: int) -> None:
         self.queue.append(index)
+
+    def first_tag(self, handle: Handle, count: int) -> int:
+        return FIRST_TAG
 
     def post_receive(self, tag: int, block_id: int) -> Operation:
         self.receives.append(Receive(tag, block_id))

@@ -22,6 +22,9 @@ from kvbaton.kvtransfer.messages import (
     PeerAddress,
     Released,
 )
+from kvbaton.kvtransfer.open_handoffs import OpenHandoffs
+from kvbaton.kvtransfer.session import Session
+from kvbaton.kvtransfer.sessions import Sessions
 from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.kvtransfer.transport import Transport
 from support.loopback import LoopbackNetwork, LoopbackTransport
@@ -71,6 +74,9 @@ class Engine:
     agent: TransferAgent
     events: list[Event] = field(default_factory=list)
 
+    def poll(self) -> bool:
+        return self.agent.poll()
+
     def take(self) -> list[Event]:
         taken, self.events[:] = list(self.events), []
         return taken
@@ -86,13 +92,38 @@ class EngineOptions:
     block_bytes: int = 64
 
 
+class BareEngine:
+    """An engine's sessions with no agent above them: a test says what goes over them, true or not."""
+
+    def __init__(self, rig: Rig, name: str, options: EngineOptions) -> None:
+        self.clock = rig.clock
+        self.memory = ByteBlocks(options.num_blocks, options.block_bytes)
+        self.transport = LoopbackTransport(rig.network, self.memory)
+        self.address = PeerAddress(name, options.generation, self.transport.host, self.transport.port)
+        self.events: list[Event] = []
+        self.handoffs = OpenHandoffs(self.memory, None, self.events.append)
+        fields = (*options.fields, ("kvtransfer.checksum", options.settings.checksum))
+        self.sessions = Sessions(self.transport, self.address, options.secret, fields, options.settings, self.handoffs)
+
+    def poll(self) -> bool:
+        worked = self.sessions.poll(self.clock())
+        self.sessions.tick(self.clock())
+        return worked
+
+    def to(self, peer: PeerAddress) -> Session:
+        return self.sessions.to(peer, self.clock())
+
+    def session_with(self, engine_id: str) -> Session:
+        return next(s for s in self.sessions.snapshot() if s.peer is not None and s.peer.engine_id == engine_id)
+
+
 class Rig:
     """Agents on one loopback network, polled by hand until nothing moves."""
 
     def __init__(self) -> None:
         self.clock = HandClock()
         self.network = LoopbackNetwork()
-        self.engines: list[Engine] = []
+        self.engines: list[Engine | BareEngine] = []
         self.wrap: Callable[[Transport], Transport] = lambda transport: transport
 
     def engine(self, name: str, options: EngineOptions = EngineOptions()) -> Engine:
@@ -116,15 +147,20 @@ class Rig:
         self.engines.append(engine)
         return engine
 
+    def bare(self, name: str, options: EngineOptions = EngineOptions()) -> BareEngine:
+        engine = BareEngine(self, name, options)
+        self.engines.append(engine)
+        return engine
+
     def settle(self) -> None:
-        """Poll every agent until a whole round does nothing."""
+        """Poll every engine until a whole round does nothing."""
         idle = 0
         while idle < 3:
-            worked = [e.agent.poll() for e in self.engines]
+            worked = [e.poll() for e in self.engines]
             idle = 0 if any(worked) else idle + 1
 
     def advance(self, seconds: float, step_s: float = 0.25) -> None:
-        """Migrate the clock in steps, polling at each."""
+        """Move the clock in steps, polling at each."""
         end = self.clock.now + seconds
         while self.clock.now < end:
             self.clock.now = min(end, self.clock.now + step_s)
@@ -133,6 +169,8 @@ class Rig:
     def assert_nothing_held(self) -> None:
         """Conservation: no hand-off is open and no block is quarantined or landing anywhere."""
         for engine in self.engines:
+            if isinstance(engine, BareEngine):
+                continue
             stats = engine.agent.stats()
             assert (stats.sending, stats.receiving, stats.quarantined_blocks) == (0, 0, 0), stats
 
@@ -160,6 +198,7 @@ def poll_until(agents: list[TransferAgent], done: Callable[[], bool], limit_s: f
 
 
 __all__ = [
+    "BareEngine",
     "Engine",
     "EngineOptions",
     "Failed",
