@@ -27,7 +27,7 @@ from kvbaton.engine.batch import Pending, ScheduledRow
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
 from kvbaton.engine.engine import Engine
 from kvbaton.engine.kv.block_owners import BlockAudit
-from kvbaton.engine.model.model_loader import LoadedModel
+from kvbaton.engine.model.loader import LoadedModel
 from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.router.engine_info import EngineInfo, EngineState, Role
 
