@@ -63,6 +63,12 @@ def _serve(arguments: list[str]) -> int:
     return serve_command.main(arguments)
 
 
+def _config(arguments: list[str]) -> int:
+    from kvbaton.cluster.config import config_command
+
+    return config_command.main(arguments)
+
+
 def _bench(arguments: list[str]) -> int:
     return _dispatch(_parser("kvbaton bench", _BENCHMARKS), _BENCHMARKS, arguments)
 
@@ -97,6 +103,7 @@ def _env(arguments: list[str]) -> int:
 
 _COMMANDS = (
     Command("serve", "start a cluster with its endpoint; Ctrl-C stops all of it", _serve),
+    Command("config", "print every setting with its default, or check a file", _config),
     Command("bench", "measure an endpoint (serve) or KV transfer (transfer)", _bench),
     Command("make-model", "write a tiny random checkpoint to try things with", _make_model),
     Command("env", "versions and devices, for bug reports", _env),

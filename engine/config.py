@@ -73,7 +73,7 @@ class BatchConfig:
     max_tokens_per_step: Annotated[
         int,
         Interval(ge=1, le=1 << 20),
-        Setting("engine.max_tokens_per_step", "decode rows and prefill chunks in one"),
+        Setting("engine.max_tokens_per_step", "decode rows and prefill chunks together"),
     ] = 2048
     prefill_chunk_tokens: Annotated[
         int | Literal["auto"] | None,

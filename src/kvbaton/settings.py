@@ -94,10 +94,23 @@ class Rule:
 
     @property
     def bounds(self) -> str:
-        """ "from 1 to 512", "at least 1"; "" without bounds."""
+        """Such as "from 1 to 512" or "at least 1"; empty where there are none."""
         if self.high < inf:
             return f"from {self.low:g} to {self.high:.10g}"
-        return f"at least {self.low:g}{' bytes' if self.is_size else ''}" if self.low > -inf else ""
+        if self.is_size:
+            return f"at least {self.low} bytes"
+        return f"at least {self.low:g}" if self.low > -inf else ""
+
+    @property
+    def allowed(self) -> str:
+        """The values, for people: "auto, cpu or cuda", "from 1 to 512"."""
+        kinds = [] if self.kind is str and self.words else [_EXPECTED[self.kind]]
+        if self.is_size:
+            kinds = [f"a size of at least {size_text(int(self.low))}" if self.low > 0 else "a size"]
+        elif self.bounds:
+            kinds = [self.bounds]
+        *most, last = [*self.words, *kinds]
+        return f"{', '.join(most)} or {last}" if most else last
 
     def refusal(self, value: object) -> str | None:
         """Why a value is not allowed, or None."""
@@ -175,6 +188,24 @@ def check(config: object) -> None:
         refusal = field.rule.refusal(getattr(config, field.name))
         if refusal is not None:
             raise ConfigError(f"{field.label}: {refusal}")
+
+
+def written(field: Field) -> str:
+    """A field's default as it stands in a file."""
+    value = field.default
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(value)}]"
+    if isinstance(value, int) and field.rule.is_size:
+        return size_text(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def size_text(size: int) -> str:
+    """Bytes in the largest unit that divides them: 67108864 is "64MiB"."""
+    power = min(4, ((size & -size).bit_length() - 1) // 10) if size else 0
+    return f"{size >> 10 * power}{('', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def shown(value: object) -> str:

@@ -11,8 +11,19 @@ import pytest
 
 import kvbaton
 from kvbaton.cluster import cli
+from kvbaton.cluster.config.cluster_config import (
+    ClusterConfig,
+    HostingConfig,
+    HttpConfig,
+    PoolsConfig,
+    RayConfig,
+    StoreConfig,
+)
 from kvbaton.cluster.config.config_file import load_config
+from kvbaton.cluster.config.flags import FLAGS
 from kvbaton.cluster.launch import serve_command
+from kvbaton.engine.config import CacheConfig, EngineConfig
+from kvbaton.kvtransfer.settings import TransferSettings
 
 
 def exit_status(*arguments: str) -> int:
@@ -36,7 +47,7 @@ def test_version_needs_only_the_standard_library() -> None:
 def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status() == 2
     output = capsys.readouterr().out
-    for name in ("serve", "bench", "make-model", "env"):
+    for name in ("serve", "config", "bench", "make-model", "env"):
         assert f"  {name} " in output
 
 
@@ -73,33 +84,56 @@ def test_serve_refuses_wrong_settings(arguments: list[str], message: str, capsys
 
 def test_every_flag_reaches_its_setting() -> None:
     """Guards the table of flags: a path that does not exist would be refused as an unknown setting."""
-    values = {int: "2", float: "0.5", str: "auto"}
-    special = {
+    given = {
         "--model": "/m",
-        "--kv-memory": "2GiB",
-        "--log-level": "info",
-        "--redis": "redis://r",
-        "--host": "::1",
-        "--block-size": "32",
+        "--served-model-name": "tiny",
+        "--dtype": "float16",
         "--quantization": "int8",
+        "--max-model-len": "99",
+        "--prefill": "2",
+        "--decode": "3",
+        "--hybrid": "4",
+        "--device": "cuda",
+        "--gpus-per-engine": "0.5",
+        "--kv-memory": "2GiB",
+        "--block-size": "64",
+        "--threads": "6",
+        "--host": "::1",
+        "--port": "7",
+        "--replicas": "8",
+        "--redis": "redis://r",
+        "--address": "r:1",
+        "--ucx-tls": "tcp",
+        "--log-level": "info",
     }
-    given = {flag.name: special.get(flag.name, values[flag.kind]) for flag in serve_command.FLAGS}
+    assert given.keys() == FLAGS.keys()
     path, overrides = serve_command.parse([part for item in given.items() for part in item])
     assert path is None
-    config = load_config(None, overrides)
-    assert config.engine.model == Path("/m")
-    assert (config.pools.prefill, config.pools.decode, config.pools.hybrid) == (2, 2, 2)
-    assert config.engine.cache.kv_memory_bytes == 2 << 30
-    assert config.engine.quantization == "int8"
-    assert (config.engine.cache.block_size, config.engine.threads, config.hosting.gpus) == (32, 2, 0.5)
-    assert (config.http.host, config.http.port, config.http.replicas) == ("::1", 2, 2)
-    assert config.store.redis == "redis://r"
-    assert config.ray.address == "auto"
-    assert config.ray.log_level == "info"
+    assert load_config(None, overrides) == ClusterConfig(
+        PoolsConfig(2, 3, 4),
+        HostingConfig("cuda", 0.5),
+        EngineConfig(Path("/m"), "cpu", "float16", 99, 6, CacheConfig(64, 2 << 30), quantization="int8"),
+        TransferSettings("tcp"),
+        http=HttpConfig("tiny", "::1", 7, 8),
+        store=StoreConfig("redis://r"),
+        ray=RayConfig("r:1", log_level="info"),
+    )
 
 
 def test_flags_that_are_not_given_change_nothing() -> None:
     assert serve_command.parse([]) == (None, [])
+
+
+def test_config_prints_a_file_that_serve_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the way to a file of one's own: print, edit, check."""
+    assert exit_status("config") == 0
+    written = tmp_path / "cluster.yaml"
+    written.write_text(capsys.readouterr().out)
+    assert load_config(written) == ClusterConfig()
+    assert exit_status("config", "--check", str(written)) == 0
+    written.write_text("http: {prot: 80}")
+    assert exit_status("config", "--check", str(written)) == 2
+    assert capsys.readouterr().err == f"error: {written}: http.prot: unknown setting; did you mean 'port'?\n"
 
 
 @pytest.mark.process
