@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from kvbaton.kvtransfer.handshake import HandshakeRefused
 from kvbaton.kvtransfer.messages import Failed, Landing, Offered, Released
