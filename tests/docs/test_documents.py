@@ -79,9 +79,36 @@ def test_links_inside_the_repository_lead_somewhere(document: Path) -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/architecture.md", "docs/contributing.md", "docs/operators.md"])
-def test_files_that_documents_name_exist(name: str) -> None:
-    """Guards against file names in code font that are no longer there."""
-    text = (ROOT / name).read_text()
-    named = set(re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.(?:py|yaml|md))`", text))
-    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+FOLDERS = "benchmarks|cluster|decode_worker|deploy|docs|engine|kernels|kvtransfer|prefill_worker|router|src|tests"
+
+
+def named_files(text: str) -> set[str]:
+    """Files and folders of this repository that a text names from its root, in prose, commands and code blocks."""
+    found = re.findall(rf"(?<![\w./-])((?:{FOLDERS})/[\w./-]*)(?![\w/*<{{])", text)
+    return {name.rstrip(".") for name in found}
+
+
+def exists(name: str) -> bool:
+    """Capitals stand for something: `cpu_floor_MODEL_N.json`."""
+    return any(ROOT.glob(re.sub(r"(?<=_)[A-Z]+", "*", name)))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=[str(path.relative_to(ROOT)) for path in DOCUMENTS])
+def test_files_that_documents_name_exist(document: Path) -> None:
+    """Guards against names of files and folders that are no longer there."""
+    assert [path for path in sorted(named_files(document.read_text())) if not exists(path)] == []
+
+
+def test_the_check_of_names_sees_them_everywhere() -> None:
+    """Guards the check itself: a pattern that finds nothing lets every document pass."""
+    text = "`engine/gone.py`, `python benchmarks/gone.py -x`\n    pytest tests/gone/\ndocs/a_0.6b.md. Not a/engine/b.py"
+    assert named_files(text) == {"engine/gone.py", "benchmarks/gone.py", "tests/gone/", "docs/a_0.6b.md"}
+    assert not any(exists(name) for name in named_files(text))
+    assert exists("docs/results/cpu-2core/cpu_floor_MODEL_DTYPE_N.json")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=[str(path.relative_to(ROOT)) for path in DOCUMENTS])
+def test_make_targets_that_documents_name_exist(document: Path) -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = re.findall(r"(?:`|^ {4})make ([a-z-]+)", document.read_text(), re.MULTILINE)
+    assert [name for name in named if name not in targets] == []
