@@ -19,6 +19,8 @@ from kvbaton.engine.request import FinishReason, Request
 from kvbaton.engine.text.tokenizer import Tokenizer
 from support.http_support import MODEL_ID, ScriptedClient, Step, make_service, outputs, say
 
+pytestmark = pytest.mark.process  # the client asks `uname` which machine it runs on
+
 TEXT = "The sea, é and 😀, answers."
 HI = [{"role": "user", "content": "Hi"}]
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
