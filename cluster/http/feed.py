@@ -33,19 +33,25 @@ class Feed(Protocol):
 
 
 class TokenStream:
-    """One `generate` iterator, closed exactly once."""
+    """One `generate` iterator, closed exactly once. Alone it is the feed of a call with one request: then there is no
+    task and no queue between the cluster and the answer."""
 
-    __slots__ = ("_closed", "_tokens")
+    __slots__ = ("_closed", "_index", "_tokens")
 
-    def __init__(self, client: GenerationClient, request: Request) -> None:
+    def __init__(self, client: GenerationClient, request: Request, index: int) -> None:
         # The seam promises aclose, which AsyncIterator does not have.
         self._tokens = cast("AsyncGenerator[list[TokenOutput], None]", client.generate(request))
+        self._index = index
         self._closed = False
 
-    async def next(self) -> list[TokenOutput] | None:
+    async def next(self) -> Arrival | None:
         if self._closed:
             return None
-        return await anext(self._tokens, None)
+        outputs = await anext(self._tokens, None)
+        return None if outputs is None else Arrival(self._index, outputs)
+
+    async def stop(self, stream: int) -> None:
+        await self.aclose()
 
     async def aclose(self) -> None:
         if not self._closed:
@@ -53,59 +59,37 @@ class TokenStream:
             await self._tokens.aclose()
 
 
-class SingleFeed:
-    """The usual case: no task and no queue between the client and the answer."""
-
-    def __init__(self, stream: TokenStream) -> None:
-        self._stream = stream
-
-    async def next(self) -> Arrival | None:
-        outputs = await self._stream.next()
-        return None if outputs is None else Arrival(0, outputs)
-
-    async def stop(self, stream: int) -> None:
-        await self._stream.aclose()
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
-
-
-class _Ended(NamedTuple):
-    stream: int
-    error: Exception | None = None
-
-
 class MergedFeed:
     """Several streams at once, each pumped into one queue by its own task from the first `next` on."""
 
     def __init__(self, streams: Sequence[TokenStream]) -> None:
         self._streams = list(streams)
-        self._queue: asyncio.Queue[Arrival | _Ended] = asyncio.Queue()
+        # A stream's end is its failure, or None.
+        self._queue: asyncio.Queue[Arrival | Exception | None] = asyncio.Queue()
         self._pumps: list[asyncio.Task[None]] = []
         self._open = len(self._streams)
 
     async def next(self) -> Arrival | None:
         if not self._pumps:
-            self._pumps = [asyncio.create_task(self._pump(index)) for index in range(len(self._streams))]
+            self._pumps = [asyncio.create_task(self._pump(stream)) for stream in self._streams]
         while self._open:
             item = await self._queue.get()
             if isinstance(item, Arrival):
                 return item
             self._open -= 1
-            if item.error is not None:
-                raise item.error
+            if item is not None:
+                raise item
         return None
 
-    async def _pump(self, index: int) -> None:
-        stream = self._streams[index]
-        ended = _Ended(index)
+    async def _pump(self, stream: TokenStream) -> None:
+        failure: Exception | None = None
         try:
-            while (outputs := await stream.next()) is not None:
-                self._queue.put_nowait(Arrival(index, outputs))
+            while (arrival := await stream.next()) is not None:
+                self._queue.put_nowait(arrival)
         except Exception as error:
-            ended = _Ended(index, error)  # raised again by next(), in the task that answers the client
+            failure = error  # raised again by next(), in the task that answers the client
         finally:
-            self._queue.put_nowait(ended)
+            self._queue.put_nowait(failure)
 
     async def stop(self, stream: int) -> None:
         await _cancel([self._pumps[stream]])
@@ -128,5 +112,5 @@ async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
 
 def open_feed(client: GenerationClient, requests: Sequence[Request]) -> Feed:
     """The feed of a call's requests, one stream each in their order."""
-    streams = [TokenStream(client, request) for request in requests]
-    return SingleFeed(streams[0]) if len(streams) == 1 else MergedFeed(streams)
+    streams = [TokenStream(client, request, index) for index, request in enumerate(requests)]
+    return streams[0] if len(streams) == 1 else MergedFeed(streams)
