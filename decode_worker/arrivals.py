@@ -18,8 +18,7 @@ from kvbaton.engine.ledger import Ledger
 from kvbaton.engine.legs import Ending, Leg
 from kvbaton.engine.orders import LegKind
 from kvbaton.engine.sequence import Sequence
-from kvbaton.kvtransfer.commands import HandoffCommands
-from kvbaton.kvtransfer.messages import Cause, Failed, HandoffKey, Landed, Offered, Released
+from kvbaton.kvtransfer.messages import Cause, Failed, HandoffCommands, HandoffKey, Landed, Offered, Released
 
 STUCK_S = 2.0
 

@@ -25,8 +25,7 @@ from kvbaton.engine.block_hash import BlockHash
 from kvbaton.engine.kv.block_owners import BlockOwners, Holding, Owner
 from kvbaton.engine.kv.kv_manager import KVManager, OutOfBlocks
 from kvbaton.engine.sequence import IllegalTransition
-from kvbaton.kvtransfer.commands import HandoffCommands
-from kvbaton.kvtransfer.messages import HandoffKey, Landing, Offer, Offered
+from kvbaton.kvtransfer.messages import HandoffCommands, HandoffKey, Landing, Offer, Offered
 
 EARLY_GRACE_S = 10.0
 MIGRATION_GRACE_S = 30.0

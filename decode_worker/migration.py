@@ -25,8 +25,7 @@ from kvbaton.engine.legs import Leg
 from kvbaton.engine.orders import Migrate, Migrated
 from kvbaton.engine.outgoing import OutgoingHandoffs
 from kvbaton.engine.sequence import IllegalTransition, Sequence, Status
-from kvbaton.kvtransfer.commands import HandoffCommands
-from kvbaton.kvtransfer.messages import Failed, Granted, HandoffKey, PeerAddress, Released
+from kvbaton.kvtransfer.messages import Failed, Granted, HandoffCommands, HandoffKey, PeerAddress, Released
 
 PAUSE_LIMIT_S = 2.0
 

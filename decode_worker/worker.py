@@ -23,8 +23,7 @@ from kvbaton.engine.orders import Migrate, Migrated, MigrationWanted
 from kvbaton.engine.sampling.device_sampler import is_plain
 from kvbaton.engine.sequence import Sequence, Status
 from kvbaton.engine.step_pipeline import LandedRow
-from kvbaton.kvtransfer.commands import HandoffCommands
-from kvbaton.kvtransfer.messages import Event, Failed, Granted, Landed, Offered, Released
+from kvbaton.kvtransfer.messages import Event, Failed, Granted, HandoffCommands, Landed, Offered, Released
 
 
 class DecodeWorker:

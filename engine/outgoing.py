@@ -19,8 +19,7 @@ from dataclasses import dataclass, field
 from kvbaton.engine.kv.block_owners import BlockOwners, Holding, Owner
 from kvbaton.engine.kv.kv_manager import KVManager
 from kvbaton.engine.sequence import IllegalTransition
-from kvbaton.kvtransfer.commands import HandoffCommands
-from kvbaton.kvtransfer.messages import Cause, GivenUp, HandoffKey, Offer, PeerAddress
+from kvbaton.kvtransfer.messages import Cause, GivenUp, HandoffCommands, HandoffKey, Offer, PeerAddress
 
 
 class OutgoingState(enum.Enum):

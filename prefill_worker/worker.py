@@ -23,8 +23,7 @@ from kvbaton.engine.orders import LegKind
 from kvbaton.engine.outgoing import OutgoingHandoffs
 from kvbaton.engine.sequence import Sequence, Status
 from kvbaton.engine.step_pipeline import LandedRow
-from kvbaton.kvtransfer.commands import HandoffCommands
-from kvbaton.kvtransfer.messages import Cause, Event, Failed, Released
+from kvbaton.kvtransfer.messages import Cause, Event, Failed, HandoffCommands, Released
 from kvbaton.prefill_worker.queue import HoldLimit
 from kvbaton.prefill_worker.scheduler import PrefillScheduler
 

@@ -22,7 +22,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "router": frozenset({"engine.request", "engine.block_hash"}),
     "prefill_worker": frozenset({"engine", "kvtransfer", "kernels"}),
     "decode_worker": frozenset({"engine", "kvtransfer", "kernels"}),
-    "engine": frozenset({"kernels", "kvtransfer.messages", "kvtransfer.commands"}),
+    "engine": frozenset({"kernels", "kvtransfer.messages"}),
     "kvtransfer": frozenset({"kernels"}),
     "kernels": frozenset(),
 }

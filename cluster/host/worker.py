@@ -27,7 +27,7 @@ from kvbaton.engine.orders import Abort, Evacuate, LegKind, MigrationOrdered, No
 from kvbaton.engine.request import TokenOutput
 from kvbaton.engine.sequence import Status
 from kvbaton.engine.step_pipeline import LandedRow, StepEngine
-from kvbaton.kvtransfer.commands import HandoffCommands
+from kvbaton.kvtransfer.messages import HandoffCommands
 from kvbaton.prefill_worker.worker import PrefillWorker
 from kvbaton.router.engine_info import EngineLoad
 
