@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from kvbaton.engine.batch import ScheduledRow
 from kvbaton.engine.kv.kv_manager import KVManager, OutOfBlocks
-from kvbaton.engine.sampling.stopping import ends_by_length
 from kvbaton.engine.sequence import Sequence, Status
 
 
@@ -77,7 +76,7 @@ class DecodeScheduler:
             self._kv.commit(seq.hashes(size, full), seq.block_table[:full])
 
     def _goes_on(self, seq: Sequence) -> bool:
-        return not seq.in_flight or not ends_by_length(seq, seq.in_flight, self._max_model_len)
+        return not seq.in_flight or not seq.ends_by_length(seq.in_flight, self._max_model_len)
 
     def _takes_block(self, seq: Sequence) -> bool:
         block, offset = divmod(seq.num_scheduled, self._kv.block_size)

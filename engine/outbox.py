@@ -6,7 +6,6 @@ from kvbaton.engine.batch import SampledToken
 from kvbaton.engine.legs import Leg
 from kvbaton.engine.orders import Notice
 from kvbaton.engine.request import FinishReason, TokenOutput
-from kvbaton.engine.sampling.stopping import finish_reason
 from kvbaton.engine.sequence import Sequence
 
 
@@ -22,7 +21,7 @@ class Outbox:
     def publish(self, leg: Leg, seq: Sequence, drawn: SampledToken) -> FinishReason | None:
         """Append a drawn token to its sequence, and queue it; returns why it was the last, if it was."""
         seq.tokens.append(drawn.token_id)
-        finish = finish_reason(seq, self._max_tokens)
+        finish = seq.finish_reason(self._max_tokens)
         self._tokens.setdefault(leg.session_id, []).append(_output(leg, seq, drawn, finish))
         return finish
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 
 from kvbaton.engine.block_hash import BlockHash, extend_hash, root_hash
-from kvbaton.engine.request import Request, SamplingParams
+from kvbaton.engine.request import FinishReason, Request, SamplingParams
 
 
 class Status(enum.Enum):
@@ -93,6 +93,18 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Tokens whose KV is not in the pool yet; 1 for a sequence that decodes."""
         return len(self.tokens) - self.num_computed
+
+    def finish_reason(self, max_model_len: int) -> FinishReason | None:
+        """Why the sample ends with its newest token, or None. Stop strings are the ingress's business."""
+        sampling = self.sampling
+        if self.num_outputs >= sampling.min_tokens and self.tokens[-1] in sampling.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.ends_by_length(0, max_model_len) else None
+
+    def ends_by_length(self, more_tokens: int, max_model_len: int) -> bool:
+        """Whether it ends with `more_tokens` tokens more, whatever they are."""
+        outputs, length = self.num_outputs + more_tokens, len(self.tokens) + more_tokens
+        return outputs >= self.sampling.max_tokens or length >= max_model_len
 
     def to(self, status: Status) -> None:
         """The one place where the status changes; raises `IllegalTransition`."""
