@@ -1,11 +1,12 @@
 """How long prefill chunks are, from rates that the engine measures on itself when it starts.
 
 A longer chunk uses the device better, up to a point. Past that point it only delays: the streams that decode beside it
-(Sarathi-Serve, arXiv 2403.02310), and the blocks that travel behind it. So the shortest chunk is taken whose rate is
-within SHARE of the best one.
+(Sarathi-Serve, arXiv 2403.02310), and the blocks that travel behind it. So the engine takes the shortest chunk whose
+rate is at least SHARE of the best.
 
-Sizes double from LEAST_CHUNK on. All are timed in the middle of the same context, so that a token of any size has as
-much to attend to. What is timed is a step of the engine's own runner, on blocks of its own pool that are given back.
+Sizes double from LEAST_CHUNK on. All are timed in the middle of the same context, so that a token attends to as much
+in a chunk of any size. What is timed is a step of the engine's own runner, on blocks of its own pool, which are given
+back.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ log = logging.getLogger(__name__)
 
 SHARE = 0.95
 LEAST_CHUNK = 128
-BUDGET_S = 10.0  # no run begins that would end later, but for one of the least size
-RUNS = 3  # a size; the fastest counts, for noise only ever slows down
+BUDGET_S = 10.0  # no run starts that would end later, except one of the least size
+RUNS = 3  # per size; the fastest counts, since noise only slows things down
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkRate:
-    """`tokens_s` of chunks of `tokens` tokens."""
+    """How many tokens a second (`tokens_s`) chunks of `tokens` tokens give."""
 
     tokens: int
     tokens_s: float
 
 
 def chunk_sizes(most: int) -> tuple[int, ...]:
-    """Rising, none above `most`, which is the only one where it is small."""
+    """Ascending, none above `most`; `most` alone where it is less than LEAST_CHUNK."""
     sizes = []
     size = LEAST_CHUNK
     while size <= most:
@@ -52,7 +53,7 @@ def measure(
 ) -> list[ChunkRate]:
     """The rate of each size, the smallest first, as far as BUDGET_S allows; `run_s` runs a chunk and gives its seconds.
 
-    A run more of the first size comes before the budget begins: it compiles kernels and fills caches.
+    One extra run of the first size comes before the budget starts: it compiles kernels and fills caches.
     """
     run_s(sizes[0])
     deadline = clock() + BUDGET_S
@@ -79,8 +80,8 @@ def choose(rates: Sequence[ChunkRate], share: float = SHARE) -> int:
 
 
 def measured_chunk(runner: Runner, kv: KVManager, most: int, vocab_size: int) -> int:
-    """Time chunks of at most `most` tokens, the longest that a step and a sequence may have, and choose. The books of
-    the pool are as before; what lies in blocks that nobody holds is not."""
+    """Time chunks of at most `most` tokens, the longest that a step and a sequence may have, and choose. The pool's
+    books are unchanged afterwards; the contents of blocks that nobody holds are not."""
     blocks = kv.allocate(-(-most // kv.block_size))
     prompt = tuple(i * 31 % vocab_size for i in range(most))
     try:

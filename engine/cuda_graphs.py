@@ -6,7 +6,7 @@
 Where a token id is not known yet, because the step before is still running, it is filled in between copy and replay.
 
 A graph reads where it was captured to read, so each bucket's token ids, positions, slots, lengths and block tables lie
-at fixed places of one device buffer, which a step overwrites whole: 7 words a row, then the tables.
+at fixed places in one device buffer, which each step overwrites: 7 words a row, then the tables.
 
     | token ids | positions | slots | context lengths | block tables        |
     | int64 * B | int64 * B | int64 | int32 * B       | int32 * B * width   |
@@ -31,7 +31,7 @@ from kvbaton.engine.pending import TokenFeed
 from kvbaton.kernels.meta import AttentionMeta
 
 MAX_ROWS = 512
-MAX_CONTEXT_TOKENS = 32768  # longer contexts run without a graph: there a launch is little beside the step
+MAX_CONTEXT_TOKENS = 32768  # longer contexts run without a graph: there a launch costs little beside the step
 LEAST_CONTEXT_TOKENS = 1024
 _ROW_WORDS = 7
 
@@ -40,7 +40,7 @@ Words = npt.NDArray[np.int32]
 
 
 class Capture(Protocol):
-    """Makes of `run`, which reads and writes fixed memory, a call that does the same again."""
+    """Turns `run`, which reads and writes fixed memory, into a call that does the same again."""
 
     def __call__(self, run: Replay) -> Replay: ...
 
@@ -52,7 +52,7 @@ def run_again(run: Replay) -> Replay:
 
 
 class CudaCapture:
-    """Real graphs; all share one memory pool, since no two replay at a time."""
+    """Real graphs; all share one memory pool, since no two replay at the same time."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -94,7 +94,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class GraphSizes:
-    """Rising sizes that steps are rounded up to."""
+    """Ascending sizes that steps are rounded up to."""
 
     rows: tuple[int, ...]
     widths: tuple[int, ...]
@@ -110,7 +110,7 @@ class GraphSizes:
         return cls((*halves, rows), (*widths, blocks))
 
     def bucket(self, rows: int, width: int) -> Bucket | None:
-        """The smallest bucket that holds so much, None where there is none."""
+        """The smallest bucket that holds this much, or None."""
         row, column = bisect_left(self.rows, rows), bisect_left(self.widths, width)
         if row == len(self.rows) or column == len(self.widths):
             return None
@@ -151,7 +151,7 @@ class Staging:
         self._at = 0
 
     def next(self, words: int) -> Words:
-        """[words] int32, zero, to be written and sent. Waits for the copy before the last, which is long through."""
+        """[words] int32, zero, to be written and sent. Waits for the copy before the last, which ended long ago."""
         self._at ^= 1
         copied = self._copied[self._at]
         if copied is not None:
@@ -195,7 +195,7 @@ class DecodeGraphs:
         self._graphs: dict[Bucket, _Graph] = {}
 
     def bucket(self, rows: list[ScheduledRow]) -> Bucket | None:
-        """Where `rows` run; None for rows of several tokens, or more or longer ones than any graph has."""
+        """The bucket of `rows`; None for rows of several tokens, and for more or longer rows than any graph takes."""
         if any(row.num_tokens != 1 for row in rows):
             return None
         longest = max(row.start for row in rows) + 1
@@ -221,7 +221,7 @@ class DecodeGraphs:
         return len(self._graphs)
 
     def _load(self, rows: list[ScheduledRow], bucket: Bucket, feed: TokenFeed) -> None:
-        """Bring the static buffer to what a replay for `rows` reads."""
+        """Fill the static buffer with what a replay for `rows` reads."""
         self._pack(rows, [feed.tokens(row)[0] for row in rows], bucket)
         self._staging.send(bucket.words, self._static)
         feed.fill(rows, self._static[: 2 * bucket.rows].view(torch.int64))

@@ -1,7 +1,7 @@
 """An engine: weights and a KV pool on one device. What it computes, and for whom, is decided by its worker.
 
 Engine.load(config)        weights from a folder, then a pool from the memory that is left
-copy_blocks, launch        once a step, from one thread, always the same
+copy_blocks, launch        each step, always from the same thread
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many KV blocks an engine gets, from a set size or from the memory that is there."""
+"""How many KV blocks an engine gets, from a configured size or from the memory that is free."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def usable_model_len(max_model_len: int, num_blocks: int, block_size: int) -> in
 
 
 def step_workspace_bytes(model: ModelConfig, batch: BatchConfig, itemsize: int, gathered_tokens: int = 0) -> int:
-    """What the largest step holds beside weights and pool, and the decode graphs again for themselves; an upper bound.
+    """Bytes that the largest step needs beside weights and pool, once more for the decode graphs; an upper bound.
 
-    Activations of a layer for every token; logits of every running row, in the model's dtype and in float32, those of
-    the step before too; the parts of split attention; K and V of a layer for `gathered_tokens`.
+    Activations of a layer for every token; logits of every running row, in the model's dtype and in float32, for
+    this step and the one before; the parts of split attention; K and V of a layer for `gathered_tokens`.
     """
     tokens = max(batch.max_tokens_per_step, batch.max_running)
     inner = max(model.intermediate_size, model.moe.intermediate_size * model.moe.top_k if model.moe else 0)
@@ -65,7 +65,7 @@ def step_workspace_bytes(model: ModelConfig, batch: BatchConfig, itemsize: int, 
 
 
 def _cuda_bytes(cache: CacheConfig, device: torch.device, workspace_bytes: int) -> int:
-    """Measured when the weights are there already."""
+    """Measured after the weights are loaded."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return max(0, min(int(free * cache.gpu_memory_fraction), free - workspace_bytes))

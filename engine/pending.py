@@ -23,10 +23,10 @@ PromptLogprobs = tuple[TokenLogprobs | None, ...]
 
 
 class Mark(Protocol):
-    """A place in what a device has to do."""
+    """A point in a device's queue of work."""
 
     def synchronize(self) -> None:
-        """Blocks until the device has come there."""
+        """Blocks until the device has reached it."""
         ...
 
 
@@ -42,9 +42,11 @@ def mark_of(device: torch.device) -> Mark | None:
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
-    """`rows` in the order in which they were computed, the one that ran as k-th was scheduled as `order[k]`-th.
-    `drawn` has a token for each sample of each row, or will have. `end` is behind the step on its device: inner chunks
-    of prompts draw nothing that could be waited for, and their blocks are sent to a peer when the step has landed."""
+    """`rows` are in the order in which they were computed; number k of them was number `order[k]` of those scheduled.
+
+    `drawn` has a token for each sample of each row, or will have. `end` marks the end of the step on its device: the
+    inner chunks of a prompt draw nothing that could be waited for, yet their blocks go to a peer once it has landed.
+    """
 
     rows: list[ScheduledRow]
     order: list[int]

@@ -2,8 +2,8 @@
 
     rows -> single-token rows first -> ragged batch -> hidden states -> logits of the rows that draw -> tokens
 
-The runner keeps nothing of a sequence but, between two chunks of a prompt whose `prompt_logprobs` are asked for, the
-hidden state of its last computed token: the next chunk's first log-probability comes from it.
+The runner remembers one thing about a sequence: between two chunks of a prompt whose `prompt_logprobs` are asked for,
+the hidden state of its last computed token, from which the next chunk's first log-probability comes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Runner:
         """Have `rows` computed and their KV written; at least one row, each of at least one token.
 
         Another step may be launched before this one is waited for. On CUDA this returns while the device computes; on
-        the CPU everything is done, and only the tokens are kept back."""
+        the CPU everything is done by then, and only the tokens are held back."""
         order = sorted(range(len(rows)), key=lambda i: rows[i].num_tokens != 1)  # stable: single tokens first
         ordered = [rows[i] for i in order]
         hidden = self._forward(ordered)

@@ -105,7 +105,7 @@ def probe_prompts() -> list[list[int]]:
 
 
 def _choose_weights(config: ModelConfig, first_seed: int, tries: int) -> tuple[int, DecoderWeights]:
-    """Judged in float32, whatever they are saved in: 16 bits make ties. No tries: the first seed unseen."""
+    """Judged in float32, whatever they are saved in: 16 bits make ties. No tries: the first seed is taken unseen."""
     printable, cpu = plain_text_ids(), torch.device("cpu")
     for seed in range(first_seed, first_seed + max(tries, 1)):
         weights = random_weights(config, seed, torch.float32, cpu)

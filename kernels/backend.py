@@ -83,7 +83,7 @@ class Kernels(Protocol):
 def kernels_for(device: torch.device, kv_dtype: torch.dtype | None = None, flash_prefill: bool = False) -> Kernels:
     """Triton on CUDA, the measured CPU path elsewhere. Triton is imported only where it will run.
 
-    `kv_dtype` is the pool's where it is not the model's; 8-bit floats on the CPU are for tests, by the reference.
+    `kv_dtype` is the pool's where it is not the model's; 8-bit floats on the CPU, for tests, run on the reference.
     `flash_prefill`: on CUDA, prompt chunks attend by torch's flash attention instead of ours.
     """
     if device.type == "cuda":

@@ -20,7 +20,7 @@ from kvbaton.kernels.meta import AttentionMeta
 
 Ids = npt.NDArray[np.int64]
 
-# Measured on two AVX-512 cores: more queries a call waste work above the diagonal, fewer repeat the call's fixed cost.
+# Measured on two AVX-512 cores: more queries per call waste work above the diagonal, fewer repeat its fixed cost.
 QUERY_TILE = 64
 # A decode call gathers at most this much K and V, which keeps it inside a core's cache.
 GATHER_BYTES = 4 << 20
@@ -103,7 +103,7 @@ def plan_attention(meta: AttentionMeta, shape: PoolShape, sliding_window: int | 
 
 
 def bucket(num_blocks: Ids) -> Ids:
-    """Blocks to compute with, a function of a row's own length: powers of two to 16, then four steps an octave."""
+    """Blocks to compute with, a function of a row's own length: powers of two to 16, then four steps per octave."""
     power = 1 << np.ceil(np.log2(np.maximum(num_blocks, 1))).astype(np.int64)
     step = np.maximum(power // 8, 1)
     fine = -(-num_blocks // step) * step

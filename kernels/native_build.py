@@ -3,7 +3,7 @@
     <cache>/kvbaton/native-<digest>.so      digest of sources, compiler, flags and the processor's features
 
 A home folder shared by different machines holds one library for each kind. Any number of processes may start at once:
-one compiles, the others wait for it at a lock on the folder, which ends with its holder however that dies. Where a file
+one compiles, the others wait for it at a lock on the folder, which its holder's death releases too. Where a file
 system has no such locks several compile the same thing; a library appears under its name only when complete (rename).
 """
 
@@ -100,7 +100,7 @@ def _version(compiler: str) -> str:
 
 
 def _processor() -> str:
-    """What `-march=native` looks at, as far as the kernel tells."""
+    """What `-march=native` looks at, as far as Linux says."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -111,7 +111,7 @@ def _processor() -> str:
 
 
 def _compile(compiler: str, path: Path) -> None:
-    """Into a file of our own, then renamed."""
+    """Into a temporary file, then renamed into place."""
     try:
         handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
     except OSError as error:

@@ -4,7 +4,7 @@ Weights: symmetric, one scale an output channel, round to nearest even.
 
     scale[o] = max |w[o]| / 127        weight[o] = round(w[o] / scale[o])        w[o] ~ weight[o] * scale[o]
 
-So every value is off by at most half a scale, and a row of zeros stays zero. The same on every device to the last bit.
+So every value is off by at most half a scale, and a row of zeros stays zero. Every device gives the same bits.
 
 K and V are e4m3 floats, where they are not in the model's own dtype: half the memory and half the reads of bfloat16.
 e4m3 has 3 bits of mantissa and no infinity; 448 is its largest value. The scale is 1 for every tensor: K after its norm
@@ -31,7 +31,7 @@ def quantize_into(source: torch.Tensor, weight: torch.Tensor, scale: torch.Tenso
     for start in range(0, source.shape[0], rows):
         part = source[start : start + rows].to(weight.device, torch.float32)
         peak = part.abs().amax(dim=1)
-        # a tensor, for CUDA multiplies with the reciprocal of a number, which rounds differently
+        # divided by a tensor: CUDA multiplies by the reciprocal of a plain number, which rounds differently
         unit = peak / torch.full_like(peak, LARGEST)
         if not bool(unit.isfinite().all()):
             raise ValueError("holds values that are not finite")

@@ -1,4 +1,4 @@
-"""Plain torch: what every back end must compute. Clear before fast; any device, any float dtype.
+"""Plain torch: what every back end must compute. Clarity comes before speed; any device, any float dtype.
 
 Norms, SiLU and softmax are computed in float32; results are rounded to the input's dtype where Hugging Face's models
 round them, so float32 agrees with transformers to the last bits.

@@ -1,8 +1,8 @@
 """Prefill attention by torch's own flash attention (FlashAttention-2), instead of ours.
 
-The one that torch brings along reads K and V from contiguous rows: its `block_table` is for versions that are installed
-apart. So the contexts of a step are gathered out of their blocks first, layer by layer, which costs a read and a write
-of each. A row's sums may depend on how its prompt is cut into chunks, which is not so with `triton_prefill`.
+The version that comes with torch reads K and V from contiguous rows: its `block_table` is only for versions that are
+installed separately. So the contexts of a step are gathered out of their blocks first, layer by layer, which costs a
+read and a write of each. A row's sums may depend on how its prompt is cut into chunks, unlike with `triton_prefill`.
 
 For bfloat16 and float16, compute capability 8.0 and later.
 """

@@ -43,7 +43,7 @@ class DecodeTile:
 
 @triton.jit
 def _split_tokens(span, MIN: tl.constexpr, MAX: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Tokens a split: MIN, or more where the span would need over MAX splits; a multiple of BLOCK_N."""
+    """Tokens per split: MIN, or more where the span would need over MAX splits; a multiple of BLOCK_N."""
     return tl.maximum(MIN, tl.cdiv(tl.cdiv(span, MAX), BLOCK_N) * BLOCK_N)
 
 

@@ -6,7 +6,7 @@
 
 A weight is read as 8 bits and widened in registers, which is exact in every float dtype, so a step reads half of what
 16-bit weights would take. The weights are the left operand: Hopper's matrix instructions take that one from registers,
-so what was widened needs no way through shared memory.
+so the widened values need not pass through shared memory.
 
 Up to FEW_ROWS rows (decode, where reading the weights is all of the time) the inputs are cut into parts where there are
 too few output tiles to keep the device busy. The cut depends on the weight's shape alone, and parts are added in order:
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 FEW_ROWS = 64
-BUSY_PROGRAMS = 256  # two for each of Hopper's 132 processors, nearly
+BUSY_PROGRAMS = 256  # nearly two for each of Hopper's 132 processors
 LEAST_PART = 512
 MAX_PARTS = 16
 REDUCE_OUTS = 1024
@@ -127,7 +127,7 @@ def linear_int8(
     """x [rows, in], the last dim contiguous; weight [out, in] int8 and scale [out] float32, both contiguous; bias [out]
     in any float dtype -> [rows, out] in x's dtype. Waits for nothing, so a graph can capture it.
 
-    Raises ValueError where the shapes do not belong together.
+    Raises ValueError where the shapes do not fit together.
     """
     (rows, in_width), (out_width, own_width) = x.shape, weight.shape
     if own_width != in_width or scale.shape != (out_width,) or weight.dtype != torch.int8:

@@ -6,7 +6,7 @@ that share its K and V. Key tiles that every row sees run without a mask; only t
 pay for one. Key tiles begin at multiples of BLOCK_N, so how a prompt is cut into chunks does not change a row's sums.
 
 Which sequence a program works on is found in cu_seqlens on the device: sequence i owns program numbers from
-(cu[i] - cu[0]) // TOKENS + i on, which leaves at most one idle program a sequence and needs nothing from the host.
+(cu[i] - cu[0]) // TOKENS + i on, which leaves at most one idle program per sequence and needs nothing from the host.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class BlockPool:
         return block_id
 
     def hold(self, block_id: int) -> bool:
-        """One holder more; True if it had none. The block must not be free."""
+        """Add a holder; True if it is the first. The block must not be free."""
         self._in_use(block_id)
         self._holders[block_id] += 1
         first = self._holders[block_id] == 1
@@ -74,7 +74,7 @@ class BlockPool:
         return first
 
     def drop(self, block_id: int) -> bool:
-        """One holder less; True if that was the last, which leaves the block idle."""
+        """Remove a holder; True if it was the last, which leaves the block idle."""
         self._in_use(block_id)
         if not self._holders[block_id]:
             raise BlockMisuse(f"block {block_id} is released but nobody holds it")

@@ -44,8 +44,8 @@ class KVGeometry:
 class KVCache:
     """The pool tensor and its view as numbered byte ranges; satisfies kvtransfer's `BlockMemory`.
 
-    `pool` may have scratch blocks behind the `num_blocks` numbered ones. Nobody can hold or send them: they take what
-    rows that pad a batch write.
+    `pool` may have scratch blocks behind the `num_blocks` numbered ones. Nobody can hold or send them: they
+    absorb what the rows that pad a batch write.
     """
 
     def __init__(self, geometry: KVGeometry, num_blocks: int, device: torch.device, scratch_blocks: int = 0) -> None:

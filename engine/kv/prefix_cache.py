@@ -6,7 +6,7 @@ One node is one block. Hashes chain their parent, so a hash alone finds its node
              `-- D -- E        the others wait in one queue, oldest first, for eviction
 
 A node leaves the pinned state after all of its children have, and only then joins the queue at its end: children always
-stand before their parents, so the head of the queue is a leaf. That is leaf-first LRU at O(1) an operation.
+stand before their parents, so the head of the queue is a leaf. That is leaf-first LRU at O(1) per operation.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     token ids -> embedding -> layers of (norm, attention, norm, MLP or experts) -> norm -> hidden
     hidden rows that need them -> logits
 
-The residual stream is added inside the norm that follows (`add_rms_norm`), so it is read and written once a half
-layer. Attention reads K and V from the paged pool only: a chunk's own are written there first.
+The residual stream is added inside the norm that follows (`add_rms_norm`), so it is read and written once per
+half layer. Attention reads K and V from the paged pool only: a chunk's own are written there first.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def _rope(fields: JsonFields, arch: Architecture) -> RopeConfig:
 
 
 def _sliding_windows(fields: JsonFields, arch: Architecture, num_layers: int) -> tuple[int | None, ...]:
-    """A window a layer, None where a layer sees everything."""
+    """One window per layer, None where a layer sees everything."""
     window = _window(fields, arch)
     types = fields.strings("layer_types")
     for name in types:

@@ -1,4 +1,4 @@
-"""Typed reading of a JSON object from a file: every miss or wrong type is a `ConfigError` with file and field."""
+"""Typed reading of a JSON object from a file: a missing field or wrong type is a `ConfigError` with file and field."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def random_model(
     max_positions: int | None = None,
     quantization: str = "none",
 ) -> LoadedModel:
-    """A model that behaves, without a checkpoint: for benchmarks."""
+    """A model of `random_weights`, for benchmarks and tests."""
     weights = random_weights(config, seed, resolve_dtype(config, dtype), device, quantization)
     decoder = Decoder(config, weights, kernels_for(device), max_positions)
     return LoadedModel(config, decoder, fingerprint(config, random_digest(seed)))

@@ -61,7 +61,7 @@ class MoeConfig:
 class ModelConfig:
     """A decoder-only transformer. `num_heads * head_dim` need not equal `hidden_size`.
 
-    `sliding_windows` has an entry a layer: how many tokens a query sees, its own included, or None for all.
+    `sliding_windows` has one entry per layer: how many tokens a query sees, itself included, or None for all.
     `dtype` is the one that the weights were saved in.
     """
 

@@ -1,6 +1,6 @@
 """Mixture of experts: every token goes to its `top_k` experts, and each expert sees all of its tokens at once.
 
-Tokens are sorted by expert, run as one matrix product an expert, put back in order and summed with their routing
+Tokens are sorted by expert, run as one matrix product per expert, put back in order and summed with their routing
 weights. The sum runs over a token's own experts in rank order, so it does not depend on who else is in the batch.
 """
 

@@ -1,10 +1,10 @@
-"""The decoder on the CPU in one native call a pass: packed weights, fused layers, attention straight from the pool.
+"""The decoder on the CPU in one native call per pass: packed weights, fused layers, attention straight from the pool.
 
 `native_decoder` turns a plain `Decoder` into this where it can; the plain one stays the path for everything else. A
 row's result does not depend on its batch or on how its prompt was cut, to the last bit, whatever the dtype.
 
-Packing takes a weight over: as soon as its packed copy exists, the plain tensor's memory is given back, so a model
-never lies in memory twice. A taken tensor raises when it is read.
+Packing consumes a weight: as soon as its packed copy exists, the plain tensor's memory is given back, so a model is
+never in memory twice. A consumed tensor raises when it is read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class NativeDecoder:
     """Same calls as `Decoder`. One thread at a time."""
 
     def __init__(self, decoder: Decoder, library: ctypes.CDLL) -> None:
-        """Takes the weights of `decoder` over."""
+        """Consumes the weights of `decoder`."""
         self.config = decoder.config
         self.device: torch.device = decoder.device
         self.dtype: torch.dtype = decoder.dtype
@@ -51,7 +51,7 @@ class NativeDecoder:
         self._logits = Workspace()
         self._weights: NativeWeights = pack_decoder(decoder, library)
         self._model = ctypes.addressof(self._weights.model)
-        self.seconds: torch.Tensor | None = None  # [len(PHASES)] float64: gathers the phases' wall time if set
+        self.seconds: torch.Tensor | None = None  # [len(PHASES)] float64: if set, each phase adds its wall time
 
     def forward(self, token_ids: torch.Tensor, kv_cache: torch.Tensor, meta: AttentionMeta) -> torch.Tensor:
         """token_ids [num_tokens] int64 -> normed hidden states [num_tokens, hidden]; as `Decoder.forward`."""
@@ -80,7 +80,7 @@ class NativeDecoder:
 
 
 def native_decoder(decoder: Decoder) -> NativeDecoder | Decoder:
-    """The native form of `decoder`, whose weights it takes over; `decoder` itself where there is none."""
+    """The native form of `decoder`, whose weights it consumes; `decoder` itself where there is none."""
     if decoder.device.type != "cpu" or not _fits(decoder):
         return decoder
     library = native_library()
@@ -88,7 +88,7 @@ def native_decoder(decoder: Decoder) -> NativeDecoder | Decoder:
 
 
 def _fits(decoder: Decoder) -> bool:
-    """Dense layers, known dtypes, and even sizes, for bfloat16 inputs are packed in pairs."""
+    """Dense layers, known dtypes, and even sizes, since bfloat16 inputs are packed in pairs."""
     config = decoder.config
     sizes = (config.hidden_size, config.q_size, config.intermediate_size, config.head_dim)
     return (
@@ -160,7 +160,7 @@ class Packer:
 
 
 def pack_decoder(decoder: Decoder, library: ctypes.CDLL) -> NativeWeights:
-    """Takes the decoder's matrices over; it cannot run afterwards."""
+    """Consumes the decoder's matrices; it cannot run afterwards."""
     config, weights = decoder.config, decoder.weights
     packer = Packer(library, decoder.dtype, _packed_bound(weights))
     layers = (LayerStruct * config.num_layers)()

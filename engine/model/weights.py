@@ -51,7 +51,7 @@ Matrix = torch.Tensor | Int8Matrix
 
 
 def plain(matrix: Matrix) -> torch.Tensor:
-    """The tensor of a matrix that is none of integers; raises ValueError for one that is."""
+    """A matrix that is a plain tensor; raises ValueError for one of integers."""
     if isinstance(matrix, Int8Matrix):
         raise ValueError("the matrix is quantized: this needs the model's own weights")
     return matrix

@@ -1,15 +1,15 @@
 # mypy: allow-untyped-calls
-"""Sampling without a wait in it: the tokens of a step are drawn on the device, and the host asks for them once.
+"""Sampling that never waits: the tokens of a step are drawn on the device, and the host asks for them once.
 
     start   parameters of the rows up (one copy), top, cuts, draw, tokens down (one copy), an event behind them
-    wait    the host waits for the event: the only place of a step where it does
+    wait    the host waits for the event: the only place in a step where it does
 
 It serves what almost every request asks for: greedy, and temperature with top_k, top_p and min_p. Rows with penalties,
 biases or log-probabilities take the `sampler`'s way, which waits more often. The draws are the same to the bit as the
 sampler's where `exp` and `log` are.
 
-A cut looks at the `HORIZON` likeliest tokens of a row. A row whose nucleus reaches further draws -1, and is drawn again
-by the sampler when the tokens have come. A step that was launched on top of it has read something else there.
+A cut looks at the `HORIZON` most likely tokens of a row. A row whose nucleus reaches further draws -1, and is
+drawn again by the sampler when the tokens have arrived. A step that was launched on top of it has read a wrong id.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class PendingTokens:
             self._host = tokens
 
     def wait(self) -> list[int]:
-        """One token a draw. Blocks until the device has drawn them."""
+        """One token per draw. Blocks until the device has drawn them."""
         if self._event is not None:
             self._event.synchronize()
         chosen: list[int] = self._host.tolist()
@@ -86,18 +86,18 @@ class PendingTokens:
 
 
 class DeviceSampler:
-    """Stateless but for its kernels."""
+    """Has no state beside its kernels."""
 
     def __init__(self, device: torch.device, kernels: DrawKernels | None = None) -> None:
         self._device = device
         self._kernels = kernels or draw_kernels_for(device)
 
     def takes(self, draws: list[Draw]) -> bool:
-        """Whether every draw is of its own row and asks for nothing but what is served here."""
+        """Whether every draw has a row to itself, in order, and asks only for what is served here."""
         return all(draw.row == i and is_plain(draw.seq) for i, draw in enumerate(draws))
 
     def start(self, logits: torch.Tensor, draws: list[Draw]) -> PendingTokens:
-        """Draw one token from each row of logits [rows, vocab] float32; `takes(draws)` and a row a draw are given."""
+        """Draw one token from each row of logits [rows, vocab] float32; `takes(draws)` must hold."""
         params = [draw.seq.sampling for draw in draws]
         if not any(_is_random(p) for p in params):
             return PendingTokens(self._kernels.argmax(logits))
@@ -107,7 +107,7 @@ class DeviceSampler:
             return PendingTokens(self._kernels.draw(logits, top, rows, False))
         rows, reached = self._with_cuts(logits, top, rows, cuts)
         tokens = torch.where(reached, self._kernels.draw(logits, top, rows, True), TOO_WIDE)
-        kept = logits if logits.is_cuda else logits.clone()  # on the CPU the next step's take the same memory
+        kept = logits if logits.is_cuda else logits.clone()  # on the CPU the next step reuses the memory
         return PendingTokens(tokens, _Again(kept, draws, [draw.position for draw in draws]))
 
     def _with_cuts(
@@ -131,7 +131,7 @@ class DeviceSampler:
         least = torch.where(has_p, kept.gather(1, last).squeeze(1), least)
         reached &= ~has_p | (sums[:, -1] >= wanted)
         least = torch.where(has_k | has_p, least.clamp(min=1), 0)
-        return _replace_least(rows, least), reached
+        return replace(rows, least=least), reached
 
 
 def is_plain(seq: Sequence) -> bool:
@@ -172,7 +172,3 @@ def _weights(logits: torch.Tensor, top: torch.Tensor, rows: DrawRows) -> torch.T
     heat = torch.where(rows.temperature > 0, rows.temperature, 1.0).unsqueeze(1)
     likely = torch.exp((logits.double() - top.double().unsqueeze(1)) / heat)
     return (likely * float(1 << WEIGHT_BITS)).long().masked_fill(likely < rows.min_p.unsqueeze(1), 0)
-
-
-def _replace_least(rows: DrawRows, least: torch.Tensor) -> DrawRows:
-    return DrawRows(rows.seeds, rows.samples, rows.positions, rows.temperature, rows.min_p, least)

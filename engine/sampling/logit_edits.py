@@ -2,7 +2,7 @@
 
 In vLLM's order: bias, then the stop tokens that `min_tokens` forbids, then penalties. Repetition (Keskar et al., CTRL)
 looks at prompt and output; frequency and presence (OpenAI) at the output alone. All edits touch a few tokens of a row,
-so they are flat lists of (row, token, value), one indexed write a kind for the whole batch.
+so they are flat lists of (row, token, value), one indexed write per kind for the whole batch.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def draw_keys(seeds: Seq[int], samples: Seq[int], positions: Seq[int]) -> npt.ND
 def draw_tokens(
     logits: torch.Tensor, params: Seq[SamplingParams], keys: npt.NDArray[np.uint64]
 ) -> torch.Tensor:  # [rows] int64
-    """One token a row of logits [rows, vocab], all with temperature above 0; `keys[i]` is the randomness of row i."""
+    """One token per row of logits [rows, vocab], all with temperature above 0; `keys[i]` is the randomness of row i."""
     step = max(1, (GPU_SLICE if logits.is_cuda else CPU_SLICE) // logits.shape[1])
     parts = []
     for at in range(0, logits.shape[0], step):

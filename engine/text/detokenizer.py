@@ -2,7 +2,7 @@
 output is.
 
 A character's bytes may be spread over several tokens. Byte-level vocabularies (GPT-2's scheme: Llama 3, Qwen, newer
-Mistral) say the bytes of each token, so a UTF-8 decoder with a few bytes of state does it exactly. For the others
+Mistral) give the bytes of each token, so a UTF-8 decoder with a few bytes of state does it exactly. For the others
 (SentencePiece's) a token's text depends on its neighbours, so the last few tokens are decoded again with it.
 """
 
