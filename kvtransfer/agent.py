@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from kvbaton.kvtransfer.checksum import block_sums
+from kvbaton.kvtransfer.config import Identity, TransferSettings
 from kvbaton.kvtransfer.handshake import HandshakeRefused
 from kvbaton.kvtransfer.messages import (
     Cause,
@@ -29,7 +30,6 @@ from kvbaton.kvtransfer.messages import (
 )
 from kvbaton.kvtransfer.open_handoffs import OpenHandoffs
 from kvbaton.kvtransfer.sessions import Sessions
-from kvbaton.kvtransfer.settings import Identity, TransferSettings
 from kvbaton.kvtransfer.stats import TransferStats
 from kvbaton.kvtransfer.transport import BlockMemory, Transport, TransportError
 from kvbaton.kvtransfer.wire import Handle

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from kvbaton.kvtransfer.config import CHECKSUM_OFF, CHECKSUMS, Checksum
 from kvbaton.kvtransfer.perftest import tag_bandwidth
-from kvbaton.kvtransfer.settings import CHECKSUM_OFF, CHECKSUMS, Checksum
 
 _KIB = 1024
 _SINGLES = 20

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvbaton.kvtransfer.agent import TransferAgent
+from kvbaton.kvtransfer.config import Checksum, TransferSettings
 from kvbaton.kvtransfer.messages import (
     Event,
     Failed,
@@ -27,7 +28,6 @@ from kvbaton.kvtransfer.messages import (
     PeerAddress,
     Released,
 )
-from kvbaton.kvtransfer.settings import Checksum, TransferSettings
 from kvbaton.kvtransfer.ucx import UcxTransport
 
 _SECRET = b"transfer benchmark"

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from kvbaton.kvtransfer.config import CHECKSUM_OFF
 from kvbaton.kvtransfer.messages import Landing
-from kvbaton.kvtransfer.settings import CHECKSUM_OFF
 from kvbaton.kvtransfer.transport import BlockMemory
 from kvbaton.kvtransfer.wire import MAX_SUMS
 from kvbaton.settings import ConfigError

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 
 from kvbaton.kvtransfer.checksum import BlockSums
 from kvbaton.kvtransfer.codec import WireError
+from kvbaton.kvtransfer.config import TransferSettings
 from kvbaton.kvtransfer.handoff import HandoffStateError, key_of
 from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, HandshakeStep, refusal
 from kvbaton.kvtransfer.messages import Cause, Event, Offer, Offered, PeerAddress
@@ -24,7 +25,6 @@ from kvbaton.kvtransfer.open_handoffs import OpenHandoffs
 from kvbaton.kvtransfer.receiver import ReceiveHandoff
 from kvbaton.kvtransfer.send_window import BlockSource, LateGrants, SendWindow
 from kvbaton.kvtransfer.sender import SendHandoff
-from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.kvtransfer.stats import LinkMeter, PeerStats, Traffic
 from kvbaton.kvtransfer.transport import Channel, Operation, TransportError
 from kvbaton.kvtransfer.wire import (

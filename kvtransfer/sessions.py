@@ -9,11 +9,11 @@ import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from kvbaton.kvtransfer.config import TransferSettings
 from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, Hello, check_compatible
 from kvbaton.kvtransfer.messages import PeerAddress
 from kvbaton.kvtransfer.open_handoffs import OpenHandoffs
 from kvbaton.kvtransfer.session import Session
-from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.kvtransfer.stats import Traffic
 from kvbaton.kvtransfer.transport import Channel, Transport, TransportError
 

@@ -14,7 +14,7 @@ from annotated_types import Ge, Interval
 from kvbaton.cluster.client.settings import ClientConfig
 from kvbaton.cluster.http.limits import HttpLimits
 from kvbaton.engine.config import EngineConfig
-from kvbaton.kvtransfer.settings import TransferSettings
+from kvbaton.kvtransfer.config import TransferSettings
 from kvbaton.router.placement import RouterConfig
 from kvbaton.settings import BYTES, ConfigError, Seconds, Setting, check
 

@@ -29,8 +29,8 @@ from kvbaton.engine.kv.kv_manager import CacheEvent, CacheSnapshot
 from kvbaton.engine.orders import Abort, Evacuate, Migrate, MigrationOrdered, Notice, Submit, Submitted
 from kvbaton.engine.request import TokenOutput
 from kvbaton.kvtransfer.agent import TransferAgent
+from kvbaton.kvtransfer.config import TransferSettings
 from kvbaton.kvtransfer.messages import Event
-from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.kvtransfer.stats import TransferStats
 from kvbaton.kvtransfer.ucx import UcxTransport
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role

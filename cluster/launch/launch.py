@@ -149,7 +149,7 @@ def _open_ray(
 def _start_engines(launch: Launch, screen: Screen, stack: ExitStack, signals: StopSignals) -> Cluster:
     """The manager, and the engines once every one is up."""
     with signals.kept():
-        from kvbaton.cluster.launch.engine_settings import manager_settings
+        from kvbaton.cluster.launch.manager_spec import manager_settings
         from kvbaton.cluster.pools.manager_client import ManagerClient
 
     with screen.step("engines", "starting") as step:

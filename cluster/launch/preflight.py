@@ -17,7 +17,7 @@ from kvbaton.engine.model.checkpoint import check_weight_files
 from kvbaton.engine.model.hf_config import check_quantization, load_model_config
 from kvbaton.engine.model.model_config import ModelConfig
 from kvbaton.engine.text.tokenizer import check_tokenizer
-from kvbaton.kvtransfer.settings import CHECKSUM_OFF, TransferSettings
+from kvbaton.kvtransfer.config import CHECKSUM_OFF, TransferSettings
 
 
 class LaunchFailed(Exception):

@@ -23,7 +23,7 @@ from kvbaton.cluster.config.config_file import load_config
 from kvbaton.cluster.config.flags import FLAGS
 from kvbaton.cluster.launch import serve_command
 from kvbaton.engine.config import CacheConfig, EngineConfig
-from kvbaton.kvtransfer.settings import TransferSettings
+from kvbaton.kvtransfer.config import TransferSettings
 
 
 def exit_status(*arguments: str) -> int:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from kvbaton.kvtransfer.checksum import BlockSums, block_sums
+from kvbaton.kvtransfer.config import TransferSettings
 from kvbaton.kvtransfer.handoff import ReceiverState
 from kvbaton.kvtransfer.messages import Cause, Failed, HandoffKey, Landed, Landing, Offer, Released
 from kvbaton.kvtransfer.receiver import ReceiveHandoff
 from kvbaton.kvtransfer.sender import SendHandoff
-from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.kvtransfer.transport import Transport
 from kvbaton.kvtransfer.wire import (
     BLOCK_TAG,

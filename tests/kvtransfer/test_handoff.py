@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 from msgspec import structs
 
+from kvbaton.kvtransfer.config import TransferSettings
 from kvbaton.kvtransfer.messages import (
     Cause,
     Failed,
@@ -24,7 +25,6 @@ from kvbaton.kvtransfer.messages import (
     PeerAddress,
     Released,
 )
-from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.settings import ConfigError
 from support.transfer_rig import Engine, EngineOptions, Rig, key, kinds, offer
 

@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("ucxx", reason="the ucxx package is not installed")
 
+from kvbaton.kvtransfer.config import TransferSettings
 from kvbaton.kvtransfer.messages import Landed, Landing, Offered, Released
-from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.kvtransfer.ucx import UcxTransport
 from support.transfer_rig import ByteBlocks, Engine, EngineOptions, Rig, key, kinds, offer, poll_until
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
+from kvbaton.kvtransfer.config import TransferSettings
 from kvbaton.kvtransfer.handshake import HandshakeRefused
 from kvbaton.kvtransfer.messages import Failed, Landing, Offered, Released
-from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.kvtransfer.wire import Handle
 from support.transfer_rig import BareEngine, EngineOptions, Rig, key, kinds, offer
 

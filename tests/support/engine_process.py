@@ -28,7 +28,7 @@ from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
 from kvbaton.engine.engine import Engine
 from kvbaton.engine.kv.block_owners import BlockAudit
 from kvbaton.engine.model.loader import LoadedModel
-from kvbaton.kvtransfer.settings import TransferSettings
+from kvbaton.kvtransfer.config import TransferSettings
 from kvbaton.router.engine_info import EngineInfo, EngineState, Role
 
 SECRET = b"a test cluster's secret"

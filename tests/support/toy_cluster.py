@@ -16,8 +16,8 @@ from kvbaton.engine.kv.kv_manager import KVManager
 from kvbaton.engine.orders import Abort, LegKind, Submit, Submitted
 from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenOutput
 from kvbaton.kvtransfer.agent import TransferAgent
+from kvbaton.kvtransfer.config import TransferSettings
 from kvbaton.kvtransfer.messages import Event, PeerAddress
-from kvbaton.kvtransfer.settings import TransferSettings
 from support.faulty_transport import FaultyTransport
 from support.loopback import LoopbackNetwork, LoopbackTransport
 from support.net_weather import Weather, assert_only_owners_are_touched

@@ -15,7 +15,7 @@ from kvbaton.cluster.client.client import ClientConfig, ClusterClient
 from kvbaton.cluster.session.client import SessionLost
 from kvbaton.engine.orders import Abort, Migrate, MigrationOrdered, Notice, Submit, Submitted
 from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenOutput
-from kvbaton.kvtransfer.settings import TransferSettings
+from kvbaton.kvtransfer.config import TransferSettings
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
 from kvbaton.router.placement import RouterConfig
 from kvbaton.router.router import Router

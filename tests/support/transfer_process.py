@@ -16,6 +16,7 @@ import time
 import numpy as np
 
 from kvbaton.kvtransfer.agent import TransferAgent
+from kvbaton.kvtransfer.config import TransferSettings
 from kvbaton.kvtransfer.messages import (
     Event,
     Failed,
@@ -28,7 +29,6 @@ from kvbaton.kvtransfer.messages import (
     PeerAddress,
     Released,
 )
-from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.kvtransfer.ucx import UcxTransport
 from support.transfer_rig import FIELDS, SECRET, ByteBlocks
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvbaton.kvtransfer.agent import TransferAgent
+from kvbaton.kvtransfer.config import TransferSettings
 from kvbaton.kvtransfer.messages import (
     Event,
     Failed,
@@ -25,7 +26,6 @@ from kvbaton.kvtransfer.messages import (
 from kvbaton.kvtransfer.open_handoffs import OpenHandoffs
 from kvbaton.kvtransfer.session import Session
 from kvbaton.kvtransfer.sessions import Sessions
-from kvbaton.kvtransfer.settings import TransferSettings
 from kvbaton.kvtransfer.transport import Transport
 from support.loopback import LoopbackNetwork, LoopbackTransport
 

@@ -21,7 +21,7 @@ from kvbaton.cluster.launch.devices import resolve_device, threads_per_engine
 from kvbaton.cluster.launch.preflight import check_checksum, check_launch, check_redis
 from kvbaton.cluster.store.valkey import EmbeddedValkey
 from kvbaton.engine.config import ConfigError, EngineConfig
-from kvbaton.kvtransfer.settings import TransferSettings
+from kvbaton.kvtransfer.config import TransferSettings
 
 TinyModel = Callable[[str], Path]
 
