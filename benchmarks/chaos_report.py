@@ -35,7 +35,7 @@ class Resources:
 
 
 def resources_of(cluster: LiveCluster, free_s: float) -> Resources:
-    kept = {name: _kept(engine.pid, engine.settings.generation) for name, engine in cluster.engines.items()}
+    kept = {name: _kept(engine.pid, engine.spec.generation) for name, engine in cluster.engines.items()}
     return Resources(free_s, kept | {"ingress": _kept(os.getpid(), 1)})
 
 

@@ -8,9 +8,7 @@ from typing import Annotated, Literal, get_args
 
 from annotated_types import Ge, Interval
 
-from kvbaton.settings import BYTES, ConfigError, Count, Setting, check
-
-__all__ = ["BatchConfig", "CacheConfig", "ConfigError", "EngineConfig"]
+from kvbaton.settings import BYTES, Count, Setting, check
 
 Quantization = Literal["none", "int8"]
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)

@@ -15,7 +15,7 @@ import torch
 
 from kvbaton.engine.batch import Pending, ScheduledRow, StepResult
 from kvbaton.engine.chunk_size import measured_chunk
-from kvbaton.engine.config import BatchConfig, CacheConfig, ConfigError, EngineConfig
+from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
 from kvbaton.engine.cuda_graphs import CudaCapture, DecodeGraphs, GraphSizes
 from kvbaton.engine.kv.kv_cache import KV_LAYOUT_VERSION, KVCache, KVGeometry
 from kvbaton.engine.kv.kv_manager import KVManager
@@ -28,6 +28,7 @@ from kvbaton.engine.runner import ForwardPass, Runner
 from kvbaton.engine.sampling.device_sampler import DeviceSampler
 from kvbaton.kernels.backend import MAX_GATHERED_TOKENS, Kernels, kernels_for
 from kvbaton.kernels.quantization import FP8
+from kvbaton.settings import ConfigError
 
 log = logging.getLogger(__name__)
 

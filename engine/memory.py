@@ -7,9 +7,10 @@ import os
 
 import torch
 
-from kvbaton.engine.config import BatchConfig, CacheConfig, ConfigError
+from kvbaton.engine.config import BatchConfig, CacheConfig
 from kvbaton.engine.kv.kv_cache import KVGeometry
 from kvbaton.engine.model.model_config import ModelConfig
+from kvbaton.settings import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from kvbaton.engine.config import ConfigError
 from kvbaton.engine.greedy import generate
 from kvbaton.engine.model.decoder import Decoder
 from kvbaton.engine.model.hf_config import load_model_config
@@ -30,6 +29,7 @@ from kvbaton.engine.model.random_weights import random_weights
 from kvbaton.engine.model.weights import DecoderWeights, plain
 from kvbaton.engine.text.tiny_tokenizer import NUM_PLAIN, SpecialIds, plain_text_ids, save_tokenizer
 from kvbaton.kernels.backend import kernels_for
+from kvbaton.settings import ConfigError
 
 PROBE_LENGTHS = (4, 17, 32, 50, 75, 128, 201)
 PROBE_TOKENS = 64

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from kvbaton.kvtransfer.checksum import block_sums
-from kvbaton.kvtransfer.config import Identity, TransferSettings
+from kvbaton.kvtransfer.config import Identity, TransferConfig
 from kvbaton.kvtransfer.handshake import HandshakeRefused
 from kvbaton.kvtransfer.messages import (
     Cause,
@@ -53,7 +53,7 @@ class TransferAgent:
         transport: Transport,
         secret: bytes,
         compatibility: tuple[tuple[str, str], ...],
-        settings: TransferSettings,
+        settings: TransferConfig,
         on_event: Callable[[Event], None],
         clock: Callable[[], float],
     ) -> None:

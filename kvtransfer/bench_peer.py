@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvbaton.kvtransfer.agent import TransferAgent
-from kvbaton.kvtransfer.config import Checksum, TransferSettings
+from kvbaton.kvtransfer.config import Checksum, TransferConfig
 from kvbaton.kvtransfer.messages import (
     Event,
     Failed,
@@ -55,7 +55,7 @@ class HostBlocks:
 def make_agent(name: str, memory: HostBlocks, checksum: Checksum, on_event: Callable[[Event], None]) -> TransferAgent:
     transport = UcxTransport(memory)
     identity = PeerAddress(name, 1, transport.host, transport.port)
-    settings = TransferSettings(checksum=checksum)
+    settings = TransferConfig(checksum=checksum)
     agent = TransferAgent(memory, identity, transport, _SECRET, (), settings, on_event, time.monotonic)
     agent.start()
     return agent

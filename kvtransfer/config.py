@@ -26,7 +26,7 @@ CHECKSUM_OFF: Checksum = "off"
 
 
 @dataclass(frozen=True, slots=True)
-class TransferSettings:
+class TransferConfig:
     """`lease_s` is also the silence after which a session with open hand-offs counts as dead. `answer_s`: `drain_s`
     where the peer says nothing at all meanwhile, though it was asked. `stall_s`: announced blocks of which none arrives
     for so long fail their hand-off. `max_strangers`: connections that may be in their handshake at a time.

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 
 from kvbaton.kvtransfer.checksum import BlockSums
 from kvbaton.kvtransfer.codec import WireError
-from kvbaton.kvtransfer.config import TransferSettings
+from kvbaton.kvtransfer.config import TransferConfig
 from kvbaton.kvtransfer.handoff import HandoffStateError, key_of
 from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, HandshakeStep, refusal
 from kvbaton.kvtransfer.messages import Cause, Event, Offer, Offered, PeerAddress
@@ -64,7 +64,7 @@ class Session:
         channel: Channel,
         handshake: Handshake,
         generation: int,
-        settings: TransferSettings,
+        settings: TransferConfig,
         handoffs: OpenHandoffs,
         on_open: Callable[[Session, PeerAddress], None],
         now: float,

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from kvbaton.kvtransfer.config import TransferSettings
+from kvbaton.kvtransfer.config import TransferConfig
 from kvbaton.kvtransfer.handshake import Handshake, HandshakeRefused, Hello, check_compatible
 from kvbaton.kvtransfer.messages import PeerAddress
 from kvbaton.kvtransfer.open_handoffs import OpenHandoffs
@@ -32,7 +32,7 @@ class Sessions:
         address: PeerAddress,
         secret: bytes,
         compatibility: tuple[tuple[str, str], ...],
-        settings: TransferSettings,
+        settings: TransferConfig,
         handoffs: OpenHandoffs,
     ) -> None:
         self._transport = transport

@@ -45,9 +45,9 @@ def _compile(model: Path, device: torch.device) -> None:
     """An engine like the two: they find its kernels in Triton's cache, and start in the time that they are given."""
     from kvbaton.engine.engine import Engine
     from kvbaton.router.engine_info import Role
-    from support.engine_process import EngineOptions, host_settings
+    from support.engine_process import EngineOptions, host_spec
 
-    Engine.load(host_settings("compiles", Role.HYBRID, model, EngineOptions(device=device.type)).engine)
+    Engine.load(host_spec("compiles", Role.HYBRID, model, EngineOptions(device=device.type)).engine)
 
 
 async def _split(model: Path, prompts: list[list[int]], device: torch.device) -> list[list[int]]:

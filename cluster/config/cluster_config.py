@@ -14,7 +14,7 @@ from annotated_types import Ge, Interval
 from kvbaton.cluster.client.settings import ClientConfig
 from kvbaton.cluster.http.limits import HttpLimits
 from kvbaton.engine.config import EngineConfig
-from kvbaton.kvtransfer.config import TransferSettings
+from kvbaton.kvtransfer.config import TransferConfig
 from kvbaton.router.placement import RouterConfig
 from kvbaton.settings import BYTES, ConfigError, Seconds, Setting, check
 
@@ -185,7 +185,7 @@ class ClusterConfig:
     pools: PoolsConfig = PoolsConfig()
     hosting: HostingConfig = HostingConfig()
     engine: EngineConfig = field(default_factory=EngineConfig)
-    transfer: TransferSettings = field(default_factory=TransferSettings)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
     http: HttpConfig = HttpConfig()

@@ -29,7 +29,7 @@ from kvbaton.engine.kv.kv_manager import CacheEvent, CacheSnapshot
 from kvbaton.engine.orders import Abort, Evacuate, Migrate, MigrationOrdered, Notice, Submit, Submitted
 from kvbaton.engine.request import TokenOutput
 from kvbaton.kvtransfer.agent import TransferAgent
-from kvbaton.kvtransfer.config import TransferSettings
+from kvbaton.kvtransfer.config import TransferConfig
 from kvbaton.kvtransfer.messages import Event
 from kvbaton.kvtransfer.stats import TransferStats
 from kvbaton.kvtransfer.ucx import UcxTransport
@@ -41,7 +41,7 @@ DRAIN_LOOK_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class EngineHostSettings:
+class EngineHostSpec:
     """`secret` is shared by all engines and ingresses of a cluster; `host` is where both sockets listen. An engine with
     a step that takes longer than `step_limit_s` counts as hanging."""
 
@@ -53,7 +53,7 @@ class EngineHostSettings:
     secret: bytes = field(repr=False)
     host: str = "127.0.0.1"
     model_id: str = "model"
-    transfer: TransferSettings = field(default_factory=TransferSettings)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,8 @@ class EngineStats:
 class EngineHost:
     """Start, serve, change role, stop. All methods run on one event loop."""
 
-    def __init__(self, settings: EngineHostSettings, store: Store) -> None:
-        self._settings = settings
+    def __init__(self, spec: EngineHostSpec, store: Store) -> None:
+        self._spec = spec
         self._store = store
         self._parts: _Parts | None = None
         self._failure: asyncio.Future[str] | None = None
@@ -84,11 +84,11 @@ class EngineHost:
         """Load the weights, listen on two free ports, register. Raises `ConfigError`, `StoreUnavailable`, `OSError`."""
         loop = asyncio.get_running_loop()
         self._failure = loop.create_future()
-        configure_threads(self._settings.engine.threads)
-        engine = await asyncio.to_thread(Engine.load, self._settings.engine)
-        self._parts = await _assemble(self, engine, self._settings, self._store)
+        configure_threads(self._spec.engine.threads)
+        engine = await asyncio.to_thread(Engine.load, self._spec.engine)
+        self._parts = await _assemble(self, engine, self._spec, self._store)
         self._watch = asyncio.create_task(self._watch_steps(self._parts.steps), name="step-watch")
-        log.info("engine %s generation %d is ready", self._settings.engine_id, self._settings.generation)
+        log.info("engine %s generation %d is ready", self._spec.engine_id, self._spec.generation)
         return self._parts.registration.info
 
     async def set_role(self, role: Role) -> None:
@@ -186,7 +186,7 @@ class EngineHost:
         if self._failing:
             return
         self._failing = True
-        log.error("engine %s has failed: %s", self._settings.engine_id, reason)
+        log.error("engine %s has failed: %s", self._spec.engine_id, reason)
         closing = asyncio.create_task(asyncio.to_thread(parts.agent.close))
         await parts.sessions.close()
         await parts.registration.update(replace(parts.registration.info, state=EngineState.UNHEALTHY, reason=reason))
@@ -195,7 +195,7 @@ class EngineHost:
             self._failure.set_result(reason)
 
     async def _watch_steps(self, steps: StepLoop) -> None:
-        limit_s = self._settings.step_limit_s
+        limit_s = self._spec.step_limit_s
         while True:
             left_s = limit_s - steps.busy_s()
             if left_s < 0:
@@ -274,21 +274,21 @@ class _EventSink:
             self.steps.inbox.put(SnapshotWanted())
 
 
-async def _assemble(host: EngineHost, engine: Engine, settings: EngineHostSettings, store: Store) -> _Parts:
+async def _assemble(host: EngineHost, engine: Engine, spec: EngineHostSpec, store: Store) -> _Parts:
     sink = _EventSink()
     agent = TransferAgent(
         memory=engine.cache,
-        identity=settings,
-        transport=UcxTransport(engine.cache, settings.host, cuda_device=engine.cache.pool.device.index),
-        secret=settings.secret,
+        identity=spec,
+        transport=UcxTransport(engine.cache, spec.host, cuda_device=engine.cache.pool.device.index),
+        secret=spec.secret,
         compatibility=engine.compatibility(),
-        settings=settings.transfer,
+        settings=spec.transfer,
         on_event=sink,
         clock=time.monotonic,
     )
     worker = Worker(engine, agent, engine.limits)
-    sessions = SessionServer(host, settings.host, 0, settings.secret, settings.engine_id, settings.generation)
-    prefixes = PrefixPublisher(store, settings.engine_id, settings.generation, sink.want_snapshot)
+    sessions = SessionServer(host, spec.host, 0, spec.secret, spec.engine_id, spec.generation)
+    prefixes = PrefixPublisher(store, spec.engine_id, spec.generation, sink.want_snapshot)
     steps = StepLoop(worker, _Publisher(host, sessions, prefixes))
     sink.steps = steps
     agent.start()
@@ -296,14 +296,14 @@ async def _assemble(host: EngineHost, engine: Engine, settings: EngineHostSettin
     prefixes.start()
     session_port = await sessions.start()
     info = EngineInfo(
-        engine_id=settings.engine_id,
-        generation=settings.generation,
-        role=settings.role,
+        engine_id=spec.engine_id,
+        generation=spec.generation,
+        role=spec.role,
         state=EngineState.READY,
-        host=settings.host,
+        host=spec.host,
         session_port=session_port,
         kv_port=agent.address().port,
-        model_id=settings.model_id,
+        model_id=spec.model_id,
         max_model_len=engine.max_model_len,
         block_size=engine.geometry.block_size,
         num_blocks=engine.kv.num_blocks,

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class IngressSettings:
+class IngressSpec:
     """What an ingress is made from; travels to its process."""
 
     store: StoreAddress
@@ -72,20 +72,20 @@ class Ingress:
         self.service = service
 
     @classmethod
-    async def open(cls, settings: IngressSettings) -> Ingress:
+    async def open(cls, spec: IngressSpec) -> Ingress:
         """Connect to the store and follow its engines. Raises `StoreUnavailable` and `ConfigError`."""
-        store = await RedisStore.open(settings.store.url, settings.store.namespace)
+        store = await RedisStore.open(spec.store.url, spec.store.namespace)
         membership = Membership(store)
         await membership.start()
-        client = _client(membership, settings)
+        client = _client(membership, spec)
         await client.start()
         await _wait_for_engines(client)
         prefixes = PrefixFollower(store, client.router.index)
         membership.subscribe(prefixes.follow)
         prefixes.start()
-        service = _service(settings, membership, client)
+        service = _service(spec, membership, client)
         cancels = CancelFeed(store, partial(_cancel, client, service))
-        if settings.http.replicas > 1:
+        if spec.http.replicas > 1:
             service = replace(service, cancel_elsewhere=cancels.tell)
             cancels.start()
         return cls(store, membership, client, prefixes, cancels, service)
@@ -122,40 +122,40 @@ async def _wait_for_engines(client: ClusterClient) -> None:
         log.warning("no engine could be reached within %g s; serving goes on when one can", _ENGINE_WAIT_S)
 
 
-def _client(membership: Membership, settings: IngressSettings) -> ClusterClient:
+def _client(membership: Membership, spec: IngressSpec) -> ClusterClient:
     return ClusterClient(
         membership,
-        Router(settings.router, time.monotonic, Random()),
-        settings.secret,
+        Router(spec.router, time.monotonic, Random()),
+        spec.secret,
         f"ingress-{uuid.uuid4().hex[:12]}",
         replace(
-            settings.client,
-            request_timeout_s=settings.http.request_timeout_s,
-            max_in_flight=settings.http.max_ongoing_requests * 4,  # a call may have several prompts
+            spec.client,
+            request_timeout_s=spec.http.request_timeout_s,
+            max_in_flight=spec.http.max_ongoing_requests * 4,  # a call may have several prompts
         ),
     )
 
 
-def _service(settings: IngressSettings, membership: Membership, client: ClusterClient) -> Service:
-    config = load_model_config(settings.model)
+def _service(spec: IngressSpec, membership: Membership, client: ClusterClient) -> Service:
+    config = load_model_config(spec.model)
     lengths = [info.max_model_len for info in membership.engines]
-    lengths.append(settings.max_model_len or config.max_position_embeddings)
+    lengths.append(spec.max_model_len or config.max_position_embeddings)
     metrics = HttpMetrics()
     metrics.registry.register(EngineMetrics(lambda: membership.engines, client))
     return Service(
         client=client,
-        tokenizer=Tokenizer.load(settings.model),
+        tokenizer=Tokenizer.load(spec.model),
         model=ModelCard(
-            id=settings.model_id,
+            id=spec.model_id,
             vocab_size=config.vocab_size,
             max_model_len=min(lengths),
             eos_ids=config.eos_token_ids,
             created=int(time.time()),
         ),
         version=__version__,
-        defaults=sampling_defaults(settings.model),
-        limits=settings.http.limits,
-        api_keys=settings.api_keys,
+        defaults=sampling_defaults(spec.model),
+        limits=spec.http.limits,
+        api_keys=spec.api_keys,
         metrics=metrics,
     )
 

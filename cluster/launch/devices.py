@@ -6,7 +6,7 @@ import ctypes
 import os
 
 from kvbaton.cluster.config.cluster_config import ClusterConfig
-from kvbaton.engine.config import ConfigError
+from kvbaton.settings import ConfigError
 
 
 def count_gpus() -> int:

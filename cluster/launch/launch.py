@@ -29,8 +29,8 @@ from kvbaton.cluster.launch.stop_signals import StopSignals
 from kvbaton.cluster.pools.manager import ManagerLost, PoolView
 from kvbaton.cluster.store.store import StoreAddress
 from kvbaton.cluster.store.valkey import EmbeddedValkey
-from kvbaton.engine.config import ConfigError
 from kvbaton.router.engine_info import EngineInfo
+from kvbaton.settings import ConfigError
 
 if TYPE_CHECKING:
     from kvbaton.cluster.pools.manager_client import ManagerClient
@@ -149,11 +149,11 @@ def _open_ray(
 def _start_engines(launch: Launch, screen: Screen, stack: ExitStack, signals: StopSignals) -> Cluster:
     """The manager, and the engines once every one is up."""
     with signals.kept():
-        from kvbaton.cluster.launch.manager_spec import manager_settings
+        from kvbaton.cluster.launch.manager_spec import manager_spec
         from kvbaton.cluster.pools.manager_client import ManagerClient
 
     with screen.step("engines", "starting") as step:
-        manager = ManagerClient.start(manager_settings(launch), launch.config.pools)
+        manager = ManagerClient.start(manager_spec(launch), launch.config.pools)
         stack.callback(_quietly, manager.stop)
         view = _settled(manager.views(), step)
         step.result = f"{len(view.engines)} ready"

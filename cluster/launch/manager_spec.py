@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from kvbaton.cluster.host.engine_host import EngineHostSettings
+from kvbaton.cluster.host.engine_host import EngineHostSpec
 from kvbaton.cluster.launch.devices import threads_per_engine
 from kvbaton.cluster.launch.preflight import Launch
-from kvbaton.cluster.pools.actors import EnginePlacement, ManagerSettings
+from kvbaton.cluster.pools.actors import EngineResources, ManagerSpec
 from kvbaton.router.engine_info import Role
 
 ENGINE_CPUS = 1.0
 
 
-def manager_settings(launch: Launch) -> ManagerSettings:
+def manager_spec(launch: Launch) -> ManagerSpec:
     """Engine id, generation and role are left open: the manager fills them in for each engine."""
     config, device = launch.config, launch.preflight.device
     threads = threads_per_engine(config, device)
-    template = EngineHostSettings(
+    template = EngineHostSpec(
         engine_id="",
         generation=0,
         role=Role.HYBRID,
@@ -26,14 +26,14 @@ def manager_settings(launch: Launch) -> ManagerSettings:
         transfer=config.transfer,
         step_limit_s=config.hosting.step_timeout_on(device),
     )
-    placement = EnginePlacement(
+    resources = EngineResources(
         num_cpus=ENGINE_CPUS,
         num_gpus=config.hosting.gpus if device == "cuda" else 0.0,
         environment=_environment(launch, threads),
         start_timeout_s=config.hosting.start_timeout_s,
         log_level=config.ray.log_level,
     )
-    return ManagerSettings(launch.store, template, placement)
+    return ManagerSpec(launch.store, template, resources)
 
 
 def _environment(launch: Launch, threads: int | None) -> tuple[tuple[str, str], ...]:

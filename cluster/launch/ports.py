@@ -17,7 +17,7 @@ from collections.abc import Container
 import psutil
 
 from kvbaton.cluster.config.cluster_config import HttpConfig
-from kvbaton.engine.config import ConfigError
+from kvbaton.settings import ConfigError
 
 # Below the kernel's ephemeral range, and outside those from which Ray takes its own: nobody is given one by chance.
 _PORTS = range(20000, 30000)

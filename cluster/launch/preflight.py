@@ -12,12 +12,13 @@ from kvbaton.cluster.launch.devices import count_gpus, resolve_device
 from kvbaton.cluster.launch.ports import check_port
 from kvbaton.cluster.store.redis_store import RedisStore
 from kvbaton.cluster.store.store import StoreAddress, StoreUnavailable
-from kvbaton.engine.config import ConfigError, EngineConfig
+from kvbaton.engine.config import EngineConfig
 from kvbaton.engine.model.checkpoint import check_weight_files
 from kvbaton.engine.model.hf_config import check_quantization, load_model_config
 from kvbaton.engine.model.model_config import ModelConfig
 from kvbaton.engine.text.tokenizer import check_tokenizer
-from kvbaton.kvtransfer.config import CHECKSUM_OFF, TransferSettings
+from kvbaton.kvtransfer.config import CHECKSUM_OFF, TransferConfig
+from kvbaton.settings import ConfigError
 
 
 class LaunchFailed(Exception):
@@ -81,7 +82,7 @@ def check_model(config: EngineConfig) -> ModelConfig:
     return model
 
 
-def check_checksum(transfer: TransferSettings, device: str) -> None:
+def check_checksum(transfer: TransferConfig, device: str) -> None:
     """Raise `ConfigError` for checksums of blocks that never are in host memory."""
     if device == "cuda" and transfer.checksum != CHECKSUM_OFF:
         raise ConfigError(

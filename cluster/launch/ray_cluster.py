@@ -21,7 +21,7 @@ from kvbaton.cluster.config.cluster_config import HttpConfig, RayConfig
 from kvbaton.cluster.launch import haproxy_guard
 from kvbaton.cluster.launch.ports import PortClaims
 from kvbaton.cluster.launch.preflight import LaunchFailed
-from kvbaton.engine.config import ConfigError
+from kvbaton.settings import ConfigError
 
 NAMESPACE = "kvbaton"
 _MAX_RUN_DIR = 97 - len("/h/admin.sock") - 57  # HAProxy's limit, less the node's id, which Ray puts in between

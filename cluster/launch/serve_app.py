@@ -20,7 +20,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
 
 from kvbaton.cluster.config.cluster_config import ClusterConfig
-from kvbaton.cluster.ingress.ingress import Ingress, IngressSettings
+from kvbaton.cluster.ingress.ingress import Ingress, IngressSpec
 from kvbaton.cluster.launch.ports import check_port
 from kvbaton.cluster.launch.preflight import Launch, LaunchFailed
 from kvbaton.cluster.launch.reaper import MARKER_VARIABLE, processes_of
@@ -37,13 +37,13 @@ log = logging.getLogger(__name__)
 class IngressDeployment:
     """The replica's shell: builds the application in its own process, after the replica's event loop runs."""
 
-    def __init__(self, settings: IngressSettings, log_level: str) -> None:
+    def __init__(self, spec: IngressSpec, log_level: str) -> None:
         logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        self._settings = settings
+        self._spec = spec
         self._ingress: Ingress | None = None
 
     async def __serve_build_asgi_app__(self) -> Any:
-        self._ingress = await Ingress.open(self._settings)
+        self._ingress = await Ingress.open(self._spec)
         return self._ingress.app()
 
     async def stop_in(self, seconds: float) -> None:
@@ -112,7 +112,7 @@ def _deleted() -> bool:
 
 def _application(launch: Launch) -> Any:
     config = launch.config
-    settings = IngressSettings(
+    spec = IngressSpec(
         store=launch.store,
         secret=launch.secret,
         model=config.engine.model.resolve(),
@@ -133,7 +133,7 @@ def _application(launch: Launch) -> Any:
         ray_actor_options={"num_cpus": INGRESS_CPUS},
         health_check_period_s=5.0,
     )
-    return deployment.bind(settings, config.ray.log_level)
+    return deployment.bind(spec, config.ray.log_level)
 
 
 def _shown_host(config: ClusterConfig) -> str:

@@ -11,7 +11,7 @@ from kvbaton.cluster.config.config_file import Override, load_config
 from kvbaton.cluster.config.flags import add_flags, given_flags
 from kvbaton.cluster.launch.screen import Screen
 from kvbaton.cluster.launch.stop_signals import StopSignals
-from kvbaton.engine.config import ConfigError
+from kvbaton.settings import ConfigError
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 

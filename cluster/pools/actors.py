@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from kvbaton.cluster.host.engine_host import EngineHost, EngineHostSettings, EngineStats
+from kvbaton.cluster.host.engine_host import EngineHost, EngineHostSpec, EngineStats
 from kvbaton.cluster.pools.manager import PoolManager, PoolView
 from kvbaton.cluster.pools.state import StorePoolState
 from kvbaton.cluster.pools.supervisor import Backoff, EngineFailed, EngineSpec
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class EnginePlacement:
+class EngineResources:
     """What an engine asks of Ray. `environment` is set before its process starts."""
 
     num_cpus: float
@@ -50,12 +50,12 @@ class EnginePlacement:
 
 
 @dataclass(frozen=True, slots=True)
-class ManagerSettings:
+class ManagerSpec:
     """`template` is what every engine gets; id, generation and role are filled in for each."""
 
     store: StoreAddress
-    template: EngineHostSettings
-    placement: EnginePlacement
+    template: EngineHostSpec
+    resources: EngineResources
     backoff: Backoff = field(default_factory=Backoff)
 
 
@@ -68,9 +68,9 @@ def _log_to_stderr(level: str) -> None:
 class EngineActor:
     """One `EngineHost` in a process of its own."""
 
-    def __init__(self, settings: EngineHostSettings, store: StoreAddress, log_level: str) -> None:
+    def __init__(self, spec: EngineHostSpec, store: StoreAddress, log_level: str) -> None:
         _log_to_stderr(log_level)
-        self._settings = settings
+        self._spec = spec
         self._address = store
         self._store: RedisStore | None = None
         self._host: EngineHost | None = None
@@ -79,10 +79,10 @@ class EngineActor:
     async def start(self) -> EngineInfo:
         """Load, listen, register. Raises what the host raises."""
         self._store = await RedisStore.open(self._address.url, self._address.namespace)
-        settings = self._settings
-        if not settings.host:  # the address under which the other nodes of the Ray cluster know this one
-            settings = replace(settings, host=ray.util.get_node_ip_address())
-        self._host = EngineHost(settings, self._store)
+        spec = self._spec
+        if not spec.host:  # the address under which the other nodes of the Ray cluster know this one
+            spec = replace(spec, host=ray.util.get_node_ip_address())
+        self._host = EngineHost(spec, self._store)
         self._info = await self._host.start()
         return self._info
 
@@ -136,18 +136,18 @@ class EngineActor:
 class ManagerActor:
     """One `PoolManager`. `start` may be called again, after a restart too."""
 
-    def __init__(self, settings: ManagerSettings) -> None:
-        _log_to_stderr(settings.placement.log_level)
-        self._settings = settings
+    def __init__(self, spec: ManagerSpec) -> None:
+        _log_to_stderr(spec.resources.log_level)
+        self._spec = spec
         self._manager: PoolManager | None = None
 
     async def start(self) -> PoolView:
         if self._manager is None:
-            store = await RedisStore.open(self._settings.store.url, self._settings.store.namespace)
+            store = await RedisStore.open(self._spec.store.url, self._spec.store.namespace)
             membership = Membership(store)
             await membership.start()
-            factory = RayEngineFactory(self._settings, membership)
-            self._manager = PoolManager(factory, StorePoolState(store), WallClock(), self._settings.backoff)
+            factory = RayEngineFactory(self._spec, membership)
+            self._manager = PoolManager(factory, StorePoolState(store), WallClock(), self._spec.backoff)
             self._manager.start()
         return self._manager.view()
 
@@ -222,14 +222,14 @@ class RayEngine:
 class RayEngineFactory:
     """`supervisor.EngineFactory`: one detached actor an engine, so that engines survive their manager."""
 
-    def __init__(self, settings: ManagerSettings, membership: Membership) -> None:
-        self._settings = settings
+    def __init__(self, spec: ManagerSpec, membership: Membership) -> None:
+        self._spec = spec
         self._membership = membership
 
     async def start(self, spec: EngineSpec) -> RayEngine:
         actor = self._create(spec)
         try:
-            info = await asyncio.wait_for(actor.start.remote(), self._settings.placement.start_timeout_s)
+            info = await asyncio.wait_for(actor.start.remote(), self._spec.resources.start_timeout_s)
         except (RayError, TimeoutError) as error:
             ray.kill(actor)
             raise EngineFailed(reason_of(error)) from error
@@ -257,17 +257,16 @@ class RayEngineFactory:
         return found
 
     def _create(self, spec: EngineSpec) -> Any:
-        settings = self._settings
-        host = replace(settings.template, engine_id=spec.engine_id, generation=spec.generation, role=spec.role)
-        placement = settings.placement
+        host = replace(self._spec.template, engine_id=spec.engine_id, generation=spec.generation, role=spec.role)
+        resources = self._spec.resources
         try:
             return EngineActor.options(  # type: ignore[attr-defined]
                 name=f"{ENGINE_PREFIX}{spec.engine_id}",
                 lifetime="detached",
-                num_cpus=placement.num_cpus,
-                num_gpus=placement.num_gpus,
-                runtime_env={"env_vars": dict(placement.environment)},
-            ).remote(host, settings.store, placement.log_level)
+                num_cpus=resources.num_cpus,
+                num_gpus=resources.num_gpus,
+                runtime_env={"env_vars": dict(resources.environment)},
+            ).remote(host, self._spec.store, resources.log_level)
         except ValueError as error:  # the name is still taken: the last incarnation is not quite gone
             raise EngineFailed(str(error)) from error
 

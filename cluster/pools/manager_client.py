@@ -17,7 +17,7 @@ from kvbaton.cluster.pools.actors import (
     ENGINE_PREFIX,
     MANAGER_NAME,
     ManagerActor,
-    ManagerSettings,
+    ManagerSpec,
     reason_of,
 )
 from kvbaton.cluster.pools.manager import ManagerLost, PoolView
@@ -40,11 +40,11 @@ class ManagerClient:
         self._actor = actor
 
     @classmethod
-    def start(cls, settings: ManagerSettings, pools: PoolsConfig) -> ManagerClient:
+    def start(cls, spec: ManagerSpec, pools: PoolsConfig) -> ManagerClient:
         """Set the wanted pools and start the manager; returns as soon as it works on them."""
         _end_earlier()
-        asyncio.run(_set_desired(settings.store, pools))
-        actor = ManagerActor.options(name=MANAGER_NAME, lifetime="detached").remote(settings)  # type: ignore[attr-defined]
+        asyncio.run(_set_desired(spec.store, pools))
+        actor = ManagerActor.options(name=MANAGER_NAME, lifetime="detached").remote(spec)  # type: ignore[attr-defined]
         client = cls(actor)
         ray.get(actor.start.remote())
         return client

@@ -12,7 +12,7 @@ from kvbaton.cluster.config.cluster_config import PoolsConfig
 from kvbaton.cluster.config.config_file import build
 from kvbaton.cluster.pools.supervisor import StateUnavailable
 from kvbaton.cluster.store.store import MAX_WAIT_S, Cursor, Store, StoreUnavailable
-from kvbaton.engine.config import ConfigError
+from kvbaton.settings import ConfigError
 
 log = logging.getLogger(__name__)
 

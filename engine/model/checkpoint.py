@@ -15,8 +15,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from kvbaton.engine.config import ConfigError
 from kvbaton.engine.model.json_fields import JsonFields
+from kvbaton.settings import ConfigError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvbaton.engine.config import ConfigError
 from kvbaton.engine.model.json_fields import JsonFields
 from kvbaton.engine.model.model_config import Architecture, ModelConfig, MoeConfig, RopeConfig, RopeType
+from kvbaton.settings import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
 _FULL, _SLIDING = "full_attention", "sliding_attention"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kvbaton.engine.config import ConfigError
+from kvbaton.settings import ConfigError
 
 T = TypeVar("T")
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from kvbaton.engine.config import ConfigError
 from kvbaton.engine.model.checkpoint import SINGLE_FILE, Checkpoint, StoredTensor, open_weights
 from kvbaton.engine.model.decoder import Decoder
 from kvbaton.engine.model.hf_config import DTYPES, load_model_config
@@ -32,6 +31,7 @@ from kvbaton.engine.model.weights import (
     tie,
 )
 from kvbaton.kernels.backend import kernels_for
+from kvbaton.settings import ConfigError
 
 log = logging.getLogger(__name__)
 

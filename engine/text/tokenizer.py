@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvbaton.engine.config import ConfigError
 from kvbaton.engine.request import InvalidRequest
 from kvbaton.engine.text.detokenizer import ByteDetokenizer, IncrementalDetokenizer, WindowDetokenizer, unicode_to_bytes
+from kvbaton.settings import ConfigError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

@@ -23,7 +23,7 @@ from kvbaton.cluster.config.config_file import load_config
 from kvbaton.cluster.config.flags import FLAGS
 from kvbaton.cluster.launch import serve_command
 from kvbaton.engine.config import CacheConfig, EngineConfig
-from kvbaton.kvtransfer.config import TransferSettings
+from kvbaton.kvtransfer.config import TransferConfig
 
 
 def exit_status(*arguments: str) -> int:
@@ -113,7 +113,7 @@ def test_every_flag_reaches_its_setting() -> None:
         PoolsConfig(2, 3, 4),
         HostingConfig("cuda", 0.5),
         EngineConfig(Path("/m"), "cpu", "float16", 99, 6, CacheConfig(64, 2 << 30), quantization="int8"),
-        TransferSettings("tcp"),
+        TransferConfig("tcp"),
         http=HttpConfig("tiny", "::1", 7, 8),
         store=StoreConfig("redis://r"),
         ray=RayConfig("r:1", log_level="info"),

@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbaton.engine import memory
-from kvbaton.engine.config import BatchConfig, CacheConfig, ConfigError, EngineConfig
+from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
 from kvbaton.engine.engine import Engine, _flash_prefill, _independent, configure_threads
 from kvbaton.engine.kv.kv_cache import KVGeometry
 from kvbaton.engine.memory import num_blocks_for, step_workspace_bytes, usable_model_len
 from kvbaton.engine.model.hf_config import load_model_config
 from kvbaton.engine.model.loader import load_model
 from kvbaton.kernels.backend import MAX_GATHERED_TOKENS, kernels_for
+from kvbaton.settings import ConfigError
 from support.engine_driver import EngineDriver, output
 from support.oracle import TinyModels, prompts
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvbaton.kvtransfer.checksum import BlockSums, block_sums
-from kvbaton.kvtransfer.config import TransferSettings
+from kvbaton.kvtransfer.config import TransferConfig
 from kvbaton.kvtransfer.handoff import ReceiverState
 from kvbaton.kvtransfer.messages import Cause, Failed, HandoffKey, Landed, Landing, Offer, Released
 from kvbaton.kvtransfer.receiver import ReceiveHandoff
@@ -104,7 +104,7 @@ def test_the_slow_fallback_of_crc32c_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"transfer\.checksum: must be one of off, crc32c, xxh3, got 'md5'"):
-        TransferSettings(checksum="md5")
+        TransferConfig(checksum="md5")
 
 
 # the state machines
@@ -243,7 +243,7 @@ def pair(plan: Rot, checksum: str, at_decode: str = "") -> tuple[Rig, Engine, En
         return FaultyTransport(transport, plan, transport.memory)
 
     rig.wrap = wrap
-    options = EngineOptions(settings=TransferSettings(checksum=checksum), num_blocks=80)
+    options = EngineOptions(settings=TransferConfig(checksum=checksum), num_blocks=80)
     prefill = rig.engine("p", options)
     decode_settings = replace(options.settings, checksum=at_decode or checksum)
     decode = rig.engine("d", replace(options, settings=decode_settings))

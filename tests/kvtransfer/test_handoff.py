@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 from msgspec import structs
 
-from kvbaton.kvtransfer.config import TransferSettings
+from kvbaton.kvtransfer.config import TransferConfig
 from kvbaton.kvtransfer.messages import (
     Cause,
     Failed,
@@ -250,7 +250,7 @@ def test_a_landing_block_stays_quarantined_until_the_sender_has_answered() -> No
 
 def test_a_frozen_peer_that_is_told_of_a_cancel_costs_the_session_after_answer_s() -> None:
     """Guards landing blocks that wait for a peer of which everybody else knows that it is gone."""
-    options = EngineOptions(settings=TransferSettings(lease_s=30.0, drain_s=5.0, answer_s=1.0))
+    options = EngineOptions(settings=TransferConfig(lease_s=30.0, drain_s=5.0, answer_s=1.0))
     rig, prefill, decode = pair(options)
     run_to("granted", rig, prefill, decode)
     rig.engines.remove(prefill)  # frozen
@@ -387,7 +387,7 @@ def test_the_same_key_from_two_prefills_is_taken_once() -> None:
 def test_caps_on_open_hand_offs_blocks_and_payload() -> None:
     rig, prefill, decode = pair()
     tight = EngineOptions(
-        settings=TransferSettings(max_handoffs_per_session=2, max_blocks_per_handoff=8, max_payload_bytes=10)
+        settings=TransferConfig(max_handoffs_per_session=2, max_blocks_per_handoff=8, max_payload_bytes=10)
     )
     small = rig.engine("small", tight)
     for name in ("a", "b", "c"):
@@ -405,7 +405,7 @@ def test_caps_on_open_hand_offs_blocks_and_payload() -> None:
 
 
 def test_many_hand_offs_both_ways_keep_their_blocks_apart() -> None:
-    rig, left, right = pair(EngineOptions(num_blocks=256, settings=TransferSettings(send_window=3)))
+    rig, left, right = pair(EngineOptions(num_blocks=256, settings=TransferConfig(send_window=3)))
     right.memory.fill(2)
     sources = left.memory.array[:64].copy(), right.memory.array[:64].copy()
     for i in range(16):
@@ -433,7 +433,7 @@ def test_many_hand_offs_both_ways_keep_their_blocks_apart() -> None:
 @pytest.mark.parametrize("field", ["lease_s", "connect_s", "drain_s", "send_window", "max_payload_bytes"])
 def test_settings_that_cannot_work_are_refused_by_name(field: str) -> None:
     with pytest.raises(ConfigError, match=field):
-        replace(TransferSettings(), **{field: 0})
+        replace(TransferConfig(), **{field: 0})
 
 
 @pytest.mark.parametrize("idle_s", [11.0, 3600.0])

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("ucxx", reason="the ucxx package is not installed")
 
-from kvbaton.kvtransfer.config import TransferSettings
+from kvbaton.kvtransfer.config import TransferConfig
 from kvbaton.kvtransfer.messages import Landed, Landing, Offered, Released
 from kvbaton.kvtransfer.ucx import UcxTransport
 from support.transfer_rig import ByteBlocks, Engine, EngineOptions, Rig, key, kinds, offer, poll_until
@@ -29,7 +29,7 @@ def ucx_engine(rig: Rig, name: str, options: EngineOptions) -> Engine:
 @pytest.fixture
 def pair() -> Iterator[tuple[Rig, Engine, Engine]]:
     rig = Rig()  # its hand-moved clock: no timer fires by itself
-    options = EngineOptions(settings=TransferSettings(max_strangers=4))
+    options = EngineOptions(settings=TransferConfig(max_strangers=4))
     prefill, decode = ucx_engine(rig, "p", options), ucx_engine(rig, "d", options)
     prefill.memory.fill(1)
     yield rig, prefill, decode

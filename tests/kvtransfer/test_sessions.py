@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from kvbaton.kvtransfer.config import TransferSettings
+from kvbaton.kvtransfer.config import TransferConfig
 from kvbaton.kvtransfer.handshake import HandshakeRefused
 from kvbaton.kvtransfer.messages import Failed, Landing, Offered, Released
 from kvbaton.kvtransfer.wire import Handle
@@ -68,7 +68,7 @@ def test_another_incarnation_than_the_one_that_was_meant_is_refused() -> None:
 
 def test_strangers_are_few_and_have_connect_s_to_say_who_they_are() -> None:
     rig = Rig()
-    decode = rig.bare("d", EngineOptions(settings=TransferSettings(max_strangers=2)))
+    decode = rig.bare("d", EngineOptions(settings=TransferConfig(max_strangers=2)))
     stranger = rig.bare("s")
     channels = [stranger.transport.connect("", decode.address.port) for _ in range(3)]
     decode.poll()

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from kvbaton.cluster.host import engine_host
-from kvbaton.cluster.host.engine_host import EngineHost, EngineHostSettings, EngineStats
+from kvbaton.cluster.host.engine_host import EngineHost, EngineHostSpec, EngineStats
 from kvbaton.cluster.store.redis_store import RedisStore
 from kvbaton.cluster.store.store import MemoryStore
 from kvbaton.engine.batch import Pending, ScheduledRow
@@ -28,7 +28,7 @@ from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
 from kvbaton.engine.engine import Engine
 from kvbaton.engine.kv.block_owners import BlockAudit
 from kvbaton.engine.model.loader import LoadedModel
-from kvbaton.kvtransfer.config import TransferSettings
+from kvbaton.kvtransfer.config import TransferConfig
 from kvbaton.router.engine_info import EngineInfo, EngineState, Role
 
 SECRET = b"a test cluster's secret"
@@ -52,9 +52,7 @@ class EngineOptions:
     quantization: str = "none"
 
 
-def host_settings(
-    engine_id: str, role: Role, model: Path, options: EngineOptions, generation: int = 1
-) -> EngineHostSettings:
+def host_spec(engine_id: str, role: Role, model: Path, options: EngineOptions, generation: int = 1) -> EngineHostSpec:
     cache = CacheConfig(options.block_size, options.kv_memory_bytes, prefix_cache=options.prefix_cache)
     batch = BatchConfig(options.max_tokens_per_step, options.prefill_chunk_tokens)
     engine = EngineConfig(
@@ -67,21 +65,21 @@ def host_settings(
         quantization=options.quantization,
         pipelined=options.pipelined,
     )
-    transfer = TransferSettings(lease_s=options.lease_s)
-    return EngineHostSettings(engine_id, generation, role, engine, options.step_limit_s, SECRET, transfer=transfer)
+    transfer = TransferConfig(lease_s=options.lease_s)
+    return EngineHostSpec(engine_id, generation, role, engine, options.step_limit_s, SECRET, transfer=transfer)
 
 
 class EngineProcess:
     """Start with `start`, ask with `stats`, end with `stop`, `kill` or `freeze`."""
 
-    def __init__(self, settings: EngineHostSettings, store_url: str | None = None) -> None:
+    def __init__(self, spec: EngineHostSpec, store_url: str | None = None) -> None:
         """With `store_url` it registers there, else nowhere that others see."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
         self._pipe, child = context.Pipe()
         self._lock = threading.Lock()
-        self._process = context.Process(target=_main, args=(child, settings, store_url), daemon=True)
-        self.settings = settings
+        self._process = context.Process(target=_main, args=(child, spec, store_url), daemon=True)
+        self.spec = spec
         self.info: EngineInfo | None = None
         self._process.start()
         child.close()
@@ -152,7 +150,7 @@ class EngineProcess:
 
     def _receive(self, timeout_s: float) -> Any:
         if not self._pipe.poll(timeout_s):
-            raise TimeoutError(f"engine {self.settings.engine_id} says nothing for {timeout_s} s")
+            raise TimeoutError(f"engine {self.spec.engine_id} says nothing for {timeout_s} s")
         answer = self._pipe.recv()
         if isinstance(answer, BaseException):
             raise answer
@@ -178,14 +176,14 @@ class SlowEngine(Engine):
         return super().launch(rows)
 
 
-def _main(pipe: Connection, settings: EngineHostSettings, store_url: str | None) -> None:
-    asyncio.run(_serve(pipe, settings, store_url))
+def _main(pipe: Connection, spec: EngineHostSpec, store_url: str | None) -> None:
+    asyncio.run(_serve(pipe, spec, store_url))
 
 
-async def _serve(pipe: Connection, settings: EngineHostSettings, store_url: str | None) -> None:
+async def _serve(pipe: Connection, spec: EngineHostSpec, store_url: str | None) -> None:
     store = MemoryStore() if store_url is None else await RedisStore.open(store_url)
     engine_host.Engine = SlowEngine  # type: ignore[misc,attr-defined]
-    host = EngineHost(settings, store)
+    host = EngineHost(spec, store)
     try:
         pipe.send(await host.start())
     except Exception as error:

@@ -22,7 +22,7 @@ from kvbaton.engine.request import Request
 from kvbaton.router.engine_info import EngineState, Role
 from kvbaton.router.placement import RouterConfig
 from kvbaton.router.router import Router
-from support.engine_process import SECRET, EngineOptions, EngineProcess, host_settings
+from support.engine_process import SECRET, EngineOptions, EngineProcess, host_spec
 from support.external_valkey import ExternalValkey
 
 
@@ -118,7 +118,7 @@ class LiveCluster:
 
     def launch(self, name: str) -> None:
         """Begin to start the next generation of an engine that has ended."""
-        old = self.engines[name].settings
+        old = self.engines[name].spec
         self._launch(name, old.role, old.generation + 1)
 
     async def replace(self, name: str) -> None:
@@ -131,7 +131,7 @@ class LiveCluster:
         def connected() -> bool:
             ready = [info for info in self.router.engines if info.state is EngineState.READY]
             found = {info.engine_id: info.generation for info in ready}
-            return found == {name: engine.settings.generation for name, engine in self.engines.items()}
+            return found == {name: engine.spec.generation for name, engine in self.engines.items()}
 
         await until(connected, "every engine is connected")
 
@@ -154,8 +154,8 @@ class LiveCluster:
         return took_s
 
     def _launch(self, name: str, role: Role, generation: int) -> None:
-        settings = host_settings(name, role, self._model, self._options[role], generation)
-        self.engines[name] = EngineProcess(settings, self.url)
+        spec = host_spec(name, role, self._model, self._options[role], generation)
+        self.engines[name] = EngineProcess(spec, self.url)
 
 
 def _holds(stats: EngineStats) -> bool:

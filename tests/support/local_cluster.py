@@ -14,7 +14,7 @@ from kvbaton.engine.request import FinishReason, Request, TokenOutput
 from kvbaton.router.engine_info import EngineInfo, Role
 from kvbaton.router.placement import RouterConfig
 from kvbaton.router.router import Router
-from support.engine_process import SECRET, EngineOptions, EngineProcess, host_settings
+from support.engine_process import SECRET, EngineOptions, EngineProcess, host_spec
 
 
 class StaticMembership:
@@ -60,7 +60,7 @@ class LocalCluster:
         names = [f"{role.value}-{i}" for i, role in enumerate(self._roles)]
         for name, role in zip(names, self._roles, strict=True):
             self.engines[name] = EngineProcess(
-                host_settings(name, role, self._model, self._special.get(name, self._options))
+                host_spec(name, role, self._model, self._special.get(name, self._options))
             )
         infos = await asyncio.gather(*(asyncio.to_thread(engine.start) for engine in self.engines.values()))
         self.membership.set(tuple(infos))
@@ -76,9 +76,9 @@ class LocalCluster:
 
     async def replace(self, name: str) -> EngineInfo:
         """Start the next generation of an engine that was killed, and list it."""
-        old = self.engines[name].settings
-        settings = host_settings(name, old.role, self._model, self._options, old.generation + 1)
-        self.engines[name] = EngineProcess(settings)
+        old = self.engines[name].spec
+        spec = host_spec(name, old.role, self._model, self._options, old.generation + 1)
+        self.engines[name] = EngineProcess(spec)
         info = await asyncio.to_thread(self.engines[name].start)
         others = tuple(item for item in self.membership.engines if item.engine_id != name)
         self.membership.set((*others, info))

@@ -16,7 +16,7 @@ from kvbaton.engine.kv.kv_manager import KVManager
 from kvbaton.engine.orders import Abort, LegKind, Submit, Submitted
 from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenOutput
 from kvbaton.kvtransfer.agent import TransferAgent
-from kvbaton.kvtransfer.config import TransferSettings
+from kvbaton.kvtransfer.config import TransferConfig
 from kvbaton.kvtransfer.messages import Event, PeerAddress
 from support.faulty_transport import FaultyTransport
 from support.loopback import LoopbackNetwork, LoopbackTransport
@@ -26,7 +26,7 @@ from support.toy_engine import ToyEngine, expected_tokens
 SESSION = 1
 SECRET = b"toy secret"
 BLOCK_SIZE = 4
-DEFAULTS = TransferSettings()
+DEFAULTS = TransferConfig()
 
 
 class Clock:
@@ -47,7 +47,7 @@ class Node:
         network: LoopbackNetwork,
         clock: Clock,
         num_blocks: int,
-        settings: TransferSettings = DEFAULTS,
+        settings: TransferConfig = DEFAULTS,
         engine: type[ToyEngine] = ToyEngine,
         secret: bytes = SECRET,
     ) -> None:
@@ -184,7 +184,7 @@ class ToyCluster:
     def start(self, name: str, secret: bytes = SECRET, **settings: object) -> Node:
         """Start an engine, or a new generation of one that died. `settings` are those of its transfer agent."""
         self.generations[name] = self.generations.get(name, 0) + 1
-        transfer = TransferSettings(**({"checksum": self.checksum} | settings))  # type: ignore[arg-type]
+        transfer = TransferConfig(**({"checksum": self.checksum} | settings))  # type: ignore[arg-type]
         generation = self.generations[name]
         node = Node(name, generation, self.network, self.clock, self.num_blocks, transfer, self.engine, secret)
         self.nodes[name] = node

@@ -15,7 +15,7 @@ from kvbaton.cluster.client.client import ClientConfig, ClusterClient
 from kvbaton.cluster.session.client import SessionLost
 from kvbaton.engine.orders import Abort, Migrate, MigrationOrdered, Notice, Submit, Submitted
 from kvbaton.engine.request import FinishReason, Request, SamplingParams, TokenOutput
-from kvbaton.kvtransfer.config import TransferSettings
+from kvbaton.kvtransfer.config import TransferConfig
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
 from kvbaton.router.placement import RouterConfig
 from kvbaton.router.router import Router
@@ -117,7 +117,7 @@ class ToyService:
         """Start an engine, or a new generation of one that died."""
         self._generations[name] = self._generations.get(name, 0) + 1
         blocks = num_blocks or self.num_blocks
-        settings = TransferSettings(checksum=self.checksum)
+        settings = TransferConfig(checksum=self.checksum)
         node = Node(name, self._generations[name], self.network, self.clock, blocks, settings, self.engine)
         self.nodes[name] = node
         address = node.address

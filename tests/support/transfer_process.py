@@ -16,7 +16,7 @@ import time
 import numpy as np
 
 from kvbaton.kvtransfer.agent import TransferAgent
-from kvbaton.kvtransfer.config import TransferSettings
+from kvbaton.kvtransfer.config import TransferConfig
 from kvbaton.kvtransfer.messages import (
     Event,
     Failed,
@@ -65,7 +65,7 @@ class Side:
             transport=transport,
             secret=SECRET,
             compatibility=FIELDS,
-            settings=TransferSettings(lease_s=lease_s),
+            settings=TransferConfig(lease_s=lease_s),
             on_event=self.events.put,
             clock=time.monotonic,
         )

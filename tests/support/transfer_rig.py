@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvbaton.kvtransfer.agent import TransferAgent
-from kvbaton.kvtransfer.config import TransferSettings
+from kvbaton.kvtransfer.config import TransferConfig
 from kvbaton.kvtransfer.messages import (
     Event,
     Failed,
@@ -87,7 +87,7 @@ class EngineOptions:
     generation: int = 1
     secret: bytes = SECRET
     fields: tuple[tuple[str, str], ...] = FIELDS
-    settings: TransferSettings = field(default_factory=TransferSettings)
+    settings: TransferConfig = field(default_factory=TransferConfig)
     num_blocks: int = 32
     block_bytes: int = 64
 

@@ -8,7 +8,7 @@ import pytest
 
 from kvbaton.cluster.config.cluster_config import ClusterConfig, PoolsConfig
 from kvbaton.cluster.config.config_file import Override, load_config
-from kvbaton.engine.config import ConfigError
+from kvbaton.settings import ConfigError
 
 
 def load(tmp_path: Path, text: str, *overrides: Override) -> ClusterConfig:

@@ -15,7 +15,7 @@ import pytest
 
 from kvbaton.cluster.config.cluster_config import HttpConfig
 from kvbaton.cluster.launch.ports import PortClaims, check_port
-from kvbaton.engine.config import ConfigError
+from kvbaton.settings import ConfigError
 
 HTTP = HttpConfig(port=19_999)
 

@@ -20,8 +20,9 @@ from kvbaton.cluster.launch import preflight
 from kvbaton.cluster.launch.devices import resolve_device, threads_per_engine
 from kvbaton.cluster.launch.preflight import check_checksum, check_launch, check_redis
 from kvbaton.cluster.store.valkey import EmbeddedValkey
-from kvbaton.engine.config import ConfigError, EngineConfig
-from kvbaton.kvtransfer.config import TransferSettings
+from kvbaton.engine.config import EngineConfig
+from kvbaton.kvtransfer.config import TransferConfig
+from kvbaton.settings import ConfigError
 
 TinyModel = Callable[[str], Path]
 
@@ -98,10 +99,10 @@ def test_a_launch_that_can_work_passes(tiny_model: TinyModel, monkeypatch: pytes
 
 
 def test_checksums_of_blocks_in_gpu_memory_are_refused_before_anything_starts() -> None:
-    message = refused(lambda: check_checksum(TransferSettings(checksum="xxh3"), "cuda"))
+    message = refused(lambda: check_checksum(TransferConfig(checksum="xxh3"), "cuda"))
     assert message.startswith("transfer.checksum: xxh3 is for engines on CPU")
-    check_checksum(TransferSettings(checksum="xxh3"), "cpu")
-    check_checksum(TransferSettings(), "cuda")
+    check_checksum(TransferConfig(checksum="xxh3"), "cpu")
+    check_checksum(TransferConfig(), "cuda")
 
 
 @pytest.mark.redis

@@ -6,7 +6,7 @@ import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
 from kvbaton.cluster.pools.actors import reason_of
-from kvbaton.engine.config import ConfigError
+from kvbaton.settings import ConfigError
 
 RAY_TEXT = """The actor died unexpectedly before finishing this task.
 	class_name: EngineActor

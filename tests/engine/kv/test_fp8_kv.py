@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvbaton.engine.config import CacheConfig, ConfigError, EngineConfig
+from kvbaton.engine.config import CacheConfig, EngineConfig
 from kvbaton.engine.engine import Engine
 from kvbaton.engine.kv.kv_cache import KVCache, KVGeometry
 from kvbaton.kernels import reference
 from kvbaton.kernels.quantization import FP8, FP8_MAX, storage, to_kv
+from kvbaton.settings import ConfigError
 from support.engine_driver import EngineDriver
 from support.oracle import TinyModels, oracle_logits, prompts
 

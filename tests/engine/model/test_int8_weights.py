@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvbaton.cluster.config.cluster_config import ClusterConfig, HostingConfig
 from kvbaton.cluster.launch.preflight import check_launch
-from kvbaton.engine.config import CacheConfig, ConfigError, EngineConfig
+from kvbaton.engine.config import CacheConfig, EngineConfig
 from kvbaton.engine.engine import Engine
 from kvbaton.engine.model.hf_config import load_model_config
 from kvbaton.engine.model.loader import load_model, random_model
 from kvbaton.engine.model.weights import Int8Matrix, empty_weights, slots
 from kvbaton.kernels import quantization as eight_bits
+from kvbaton.settings import ConfigError
 from support.engine_driver import EngineDriver
 from support.oracle import TinyModels, oracle_logits, prompts
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvbaton.engine.config import ConfigError
 from kvbaton.engine.model.checkpoint import Checkpoint
 from kvbaton.engine.model.hf_config import load_model_config
 from kvbaton.engine.model.loader import load_model, load_weights, random_model
 from kvbaton.engine.model.model_config import Architecture, MoeConfig, RopeConfig, RopeType
 from kvbaton.engine.model.weights import slots
+from kvbaton.settings import ConfigError
 from support.oracle import FAMILIES, TinyModels
 
 CPU = torch.device("cpu")

@@ -16,11 +16,11 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, normalizers
 from tokenizers.models import BPE
 
-from kvbaton.engine.config import ConfigError
 from kvbaton.engine.model.hf_config import load_model_config
 from kvbaton.engine.request import InvalidRequest
 from kvbaton.engine.text.detokenizer import WindowDetokenizer
 from kvbaton.engine.text.tokenizer import Tokenizer
+from kvbaton.settings import ConfigError
 from support.oracle import TinyModels
 
 TEXTS = (
