@@ -2,8 +2,8 @@
 
     body -> POST /v1/completions -> SSE chunks -> Tally -> RequestRecord
 
-Every chunk is timed in the callback that delivers its bytes. Nothing that a server does raises here: each failure is a
-record with a kind.
+Every chunk is timed in the callback that delivers its bytes. Nothing that a server does raises here: a failure is a
+record that names its kind.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvbaton.cluster.bench.record import INTERRUPTED, Failure, RequestRecord, Ti
 
 Clock = Callable[[], float]
 DONE = b"[DONE]"
-MAX_MESSAGE = 200  # bytes or characters of a server's words that are kept
+MAX_MESSAGE = 200  # bytes or characters of a server's message that are kept
 
 
 class SseDecoder:
@@ -59,7 +59,7 @@ class Tally:
         self.failure: Failure | None = None
 
     def feed(self, data: bytes) -> None:
-        """Body bytes, in the moment they arrived."""
+        """Body bytes, called as they arrive."""
         now_s = self._clock()
         events = self._sse.feed(data)
         if not self.chunk_times and len(self._body) < 16:

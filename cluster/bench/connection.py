@@ -160,7 +160,7 @@ class HttpClient:
         return await self._collect("POST", route, body)
 
     async def stream(self, route: str, body: bytes, sink: BodySink) -> int:
-        """POST `body`; the reply's bytes go to `sink` in the moment they arrive. Returns the HTTP status."""
+        """POST `body`; the reply's bytes go to `sink` as they arrive. Returns the HTTP status."""
         return await self._exchange("POST", route, body, sink)
 
     def close(self) -> None:
@@ -180,7 +180,7 @@ class HttpClient:
             try:
                 return await self._on(reused, request, sink)
             except ConnectionFailed as error:
-                # A server may close an idle connection in the moment we use it: not a failure of this request.
+                # A server may close an idle connection just as it is used again: not a failure of this request.
                 if not error.before_reply:
                     raise
         return await self._on(await self._connect(), request, sink)

@@ -1,10 +1,10 @@
-"""Sends a planned load: an open loop by the clock, or a closed loop by completions. Stops cleanly half way.
+"""Sends a planned load: an open loop by the clock, or a closed loop by completions. Can be stopped at any time.
 
-    open loop     wait until the arrival -> send, never mind how many are under way (or wait for one of `max_in_flight`)
+    open loop     wait for the arrival -> send, however many are under way (with `max_in_flight`: wait for a slot)
     closed loop   each of `concurrency` workers sends the next request when its last one has ended
 
 An open loop keeps the scheduled arrival of every request, so a server that stalls cannot hide the requests that would
-have come meanwhile (coordinated omission): latency counts from the schedule, and lateness of the client itself shows.
+have come meanwhile (coordinated omission): latency counts from the schedule, and the client's own delays show up in it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class LoadRun:
         return await self._drive(self._dispatch(plan, slots))
 
     async def closed_loop(self, requests: Iterable[PlannedRequest], concurrency: int) -> list[RequestRecord]:
-        """Keep `concurrency` requests under way until `requests` ends; each is due in the moment it is sent."""
+        """Keep `concurrency` requests under way until `requests` ends; each is due when it is sent."""
         return await self._drive(self._workers(iter(requests), concurrency))
 
     async def _drive(self, dispatch: Coroutine[Any, Any, None]) -> list[RequestRecord]:

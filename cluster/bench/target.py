@@ -48,7 +48,7 @@ async def find_model(http: HttpClient, wanted: str | None) -> Model:
 
 
 async def find_vocabulary(http: HttpClient, model: str) -> list[int]:
-    """Token ids that are surely valid: those of a sample text, from the server's `/tokenize`."""
+    """Token ids that are certain to be valid: those of a sample text, from the server's `/tokenize`."""
     body = {"model": model, "prompt": SAMPLE_TEXT, "add_special_tokens": False}
     reply = await http.post("/tokenize", orjson.dumps(body))
     if reply.status in (404, 405):

@@ -3,7 +3,7 @@ body carries, and the texts of single tokens. Constant parts are built once, so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -33,7 +33,7 @@ class Renderer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """What a client wants beside the text."""
+    """What a client wants besides the text."""
 
     logprobs: bool = False
     token_ids: bool = False
@@ -63,6 +63,18 @@ def answer_head(service: Service, call_id: str, kind: str) -> bytes:
     return orjson.dumps(fields)[:-1] + b',"choices":'
 
 
+def chunk_end(extras: Extras, count: Callable[[], Usage]) -> bytes:
+    """What follows the choices of a chunk. `count` gives the usage so far, for clients that want it in every chunk."""
+    if extras.running_usage:
+        return b',"usage":' + usage_json(count()) + b"}\n\n"
+    return b',"usage":null}\n\n' if extras.usage else b"}\n\n"
+
+
+def stream_end(head: bytes, extras: Extras, usage: Usage) -> bytes:
+    """What follows the last chunk with choices. `head` is that of a chunk."""
+    return DONE if not extras.usage else head + b'[],"usage":' + usage_json(usage) + b"}\n\n" + DONE
+
+
 def usage_json(usage: Usage) -> bytes:
     return (
         b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}'
@@ -70,7 +82,7 @@ def usage_json(usage: Usage) -> bytes:
 
 
 def finish_json(finish: FinishReason | None, tool_calls: bool = False) -> bytes:
-    """One of the words that clients know."""
+    """One of the reasons that the API knows."""
     if finish is None:
         return b"null"
     if finish is FinishReason.STOP:

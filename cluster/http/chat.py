@@ -14,14 +14,15 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from kvbaton.cluster.http.answer import (
-    DONE,
     Extras,
     Renderer,
     TokenTexts,
     answer_head,
+    chunk_end,
     extras,
     finish_json,
     json_logprob,
+    stream_end,
     usage_json,
 )
 from kvbaton.cluster.http.call import CallBuilder, TokenBudget, check_common, time_limit_s
@@ -91,7 +92,8 @@ def top_logprobs(body: ChatRequest) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class ChatShape:
-    """What both forms are made from. `new_parser` None: no tools were given, text is content."""
+    """What both forms of the answer are made from. `head` starts every chunk or body. `new_parser` is None where no
+    tools were given: then all text is content."""
 
     head: bytes
     extras: Extras
@@ -105,7 +107,7 @@ class ChatShape:
 
 
 class ChatStream:
-    """Chunks. `count` gives the usage so far, for clients that want it in every chunk."""
+    """The chunks of a stream. `count` gives the usage so far."""
 
     def __init__(self, shape: ChatShape, count: Callable[[], Usage]) -> None:
         self._shape = shape
@@ -116,7 +118,7 @@ class ChatStream:
         self._head = b"data: " + shape.head
         self._starts = [self._head + b'[{"index":%d,"delta":' % index for index in range(shape.choices)]
         self._texts = [start + b'{"content":' for start in self._starts]
-        self._text_end = b'},"logprobs":null,"finish_reason":null}]' + self._tail()
+        self._text_end = b'},"logprobs":null,"finish_reason":null}]' + self._end()
         self._opened = False
 
     def render(self, deltas: Sequence[Delta]) -> bytes:
@@ -129,9 +131,7 @@ class ChatStream:
         return b"".join(out)
 
     def close(self, usage: Usage) -> bytes:
-        if not self._shape.extras.usage:
-            return DONE
-        return self._head + b'[],"usage":' + usage_json(usage) + b"}\n\n" + DONE
+        return stream_end(self._head, self._shape.extras, usage)
 
     def _opening(self) -> bytes:
         """The first delta of each choice names the role; the prompt's ids are in these chunks alone."""
@@ -139,12 +139,10 @@ class ChatStream:
         rest = b'{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
         if self._shape.extras.token_ids:
             rest += b',"prompt_token_ids":' + orjson.dumps(self._shape.prompt_ids)
-        return b"".join(start + rest + self._tail() for start in self._starts)
+        return b"".join(start + rest + self._end() for start in self._starts)
 
-    def _tail(self) -> bytes:
-        if self._shape.extras.running_usage:
-            return b',"usage":' + usage_json(self._count()) + b"}\n\n"
-        return b',"usage":null}\n\n' if self._shape.extras.usage else b"}\n\n"
+    def _end(self) -> bytes:
+        return chunk_end(self._shape.extras, self._count)
 
     def _chunks(self, delta: Delta) -> bytes:
         """All chunks of one step. Log-probabilities and ids go with the first, the finish reason with the last."""
@@ -163,7 +161,7 @@ class ChatStream:
             + finish_json(delta.finish if index == last else None, calls)
             + (self._ids(delta) if index == 0 else b"")
             + b"}]"
-            + self._tail()
+            + self._end()
             for index, piece in enumerate(pieces)
         )
 

@@ -10,14 +10,15 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from kvbaton.cluster.http.answer import (
-    DONE,
     Extras,
     Renderer,
     TokenTexts,
     answer_head,
+    chunk_end,
     extras,
     finish_json,
     json_logprob,
+    stream_end,
     usage_json,
 )
 from kvbaton.cluster.http.call import CallBuilder, TokenBudget, check_common, time_limit_s
@@ -125,8 +126,8 @@ class LegacyLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class CompletionShape:
-    """What both forms are made from. Choice `i` is a sample of prompt `i // samples`; `echo` has each prompt's text,
-    or is empty."""
+    """What both forms of the answer are made from. `head` starts every chunk or body. Choice `i` is a sample of prompt
+    `i // samples`; `echo` has each prompt's text, or is empty."""
 
     head: bytes
     extras: Extras
@@ -158,7 +159,7 @@ class CompletionShape:
 
 
 class CompletionStream:
-    """Chunks. The echoed prompt of a choice is its first chunk."""
+    """The chunks of a stream. The echoed prompt of a choice is its first one. `count` gives the usage so far."""
 
     def __init__(self, shape: CompletionShape, count: Callable[[], Usage]) -> None:
         self._shape = shape
@@ -167,7 +168,7 @@ class CompletionStream:
         self._plain = not (extras.logprobs or extras.token_ids or extras.running_usage)
         self._head = b"data: " + shape.head
         self._starts = [self._head + b'[{"index":%d,"text":' % index for index in range(shape.choices)]
-        self._text_end = b',"logprobs":null,"finish_reason":null}]' + self._tail()
+        self._text_end = b',"logprobs":null,"finish_reason":null}]' + self._end()
         self._legacy = [LegacyLogprobs() for _ in range(shape.choices)] if extras.logprobs else []
         self._unopened = set(range(shape.choices)) if shape.echo or extras.token_ids else set[int]()
 
@@ -183,14 +184,10 @@ class CompletionStream:
         return b"".join(out)
 
     def close(self, usage: Usage) -> bytes:
-        if not self._shape.extras.usage:
-            return DONE
-        return self._head + b'[],"usage":' + usage_json(usage) + b"}\n\n" + DONE
+        return stream_end(self._head, self._shape.extras, usage)
 
-    def _tail(self) -> bytes:
-        if self._shape.extras.running_usage:
-            return b',"usage":' + usage_json(self._count()) + b"}\n\n"
-        return b',"usage":null}\n\n' if self._shape.extras.usage else b"}\n\n"
+    def _end(self) -> bytes:
+        return chunk_end(self._shape.extras, self._count)
 
     def _opening(self, choice: int) -> bytes:
         self._unopened.discard(choice)
@@ -224,7 +221,7 @@ class CompletionStream:
             finish_json(finish),
             ids,
             b"}]",
-            self._tail(),
+            self._end(),
         )
         return b"".join(parts)
 

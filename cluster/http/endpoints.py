@@ -109,7 +109,7 @@ def model_json(model: ModelCard) -> dict[str, Any]:
 
 
 def _has_messages(raw: bytes) -> bool:
-    """Which of the two forms a body has. Text that is no JSON is left to the parser's own words."""
+    """Which of the two forms a body has. Text that is not JSON is left to the parser, whose message is better."""
     try:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError:

@@ -101,7 +101,7 @@ class CallTimer:
         self._metrics.cached_tokens.inc(cached_tokens)
 
     def closed(self, unfinished: int) -> None:
-        """The call is over, with `unfinished` choices that nobody waits for any more. Only the first word counts."""
+        """The call is over, with `unfinished` choices that nobody waits for any more. Only the first report counts."""
         if self._closed:
             return
         self._closed = True

@@ -1,5 +1,5 @@
 """The JSON that clients send, as pydantic models. Unknown fields are ignored, except those that ask for something
-which this service would silently not do: `UNSUPPORTED` lists them with the values that ask for nothing."""
+that would silently not be done: `UNSUPPORTED` lists them with the values that ask for nothing."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class GenerationFields(BaseModel):
 
 
 class CompletionRequest(GenerationFields):
-    """`/v1/completions`. `prompt` is checked by hand: its four forms deserve better words than a union's."""
+    """`/v1/completions`. `prompt` is checked by hand: its four forms deserve clearer errors than a union gives."""
 
     prompt: Any = None
     echo: bool | None = False

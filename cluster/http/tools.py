@@ -4,7 +4,7 @@
                              HEADER --</tool_call>, JSON read whole--> CONTENT
 
 Arguments are passed on as the model writes them, piece by piece, when the name comes first; else once complete.
-What turns out to be no call is shown as text.
+Text that turns out not to be a call is shown as it is.
 """
 
 from __future__ import annotations

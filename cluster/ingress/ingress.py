@@ -10,11 +10,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
 
 from kvbaton import __version__
 from kvbaton.cluster.client.client import ClientConfig, ClusterClient
 from kvbaton.cluster.config.cluster_config import HttpConfig
+from kvbaton.cluster.http.app import create_app
+from kvbaton.cluster.http.call import cancel_call
 from kvbaton.cluster.http.metrics import HttpMetrics
 from kvbaton.cluster.http.service import ModelCard, SamplingDefaults, Service
 from kvbaton.cluster.ingress.engine_metrics import EngineMetrics
@@ -29,9 +32,6 @@ from kvbaton.engine.text.tokenizer import Tokenizer
 from kvbaton.router.placement import RouterConfig
 from kvbaton.router.router import Router
 
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
 _ENGINE_WAIT_S = 20.0
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class IngressSpec:
-    """What an ingress is made from; travels to its process."""
+    """What an ingress is built from; sent to its process."""
 
     store: StoreAddress
     secret: bytes = field(repr=False)
@@ -53,7 +53,7 @@ class IngressSpec:
 
 
 class Ingress:
-    """Made by `open`; `close` ends its sessions and aborts what is in flight. `stop_in` is for the time before that."""
+    """Made by `open`. `close` ends its sessions and aborts what is in flight; `stop_in` warns clients before that."""
 
     def __init__(
         self,
@@ -91,12 +91,10 @@ class Ingress:
         return cls(store, membership, client, prefixes, cancels, service)
 
     def app(self) -> FastAPI:
-        from kvbaton.cluster.http.app import create_app
-
         return create_app(self.service)
 
     def stop_in(self, seconds: float) -> None:
-        """Requests in progress have so long; then each ends with an error that says why, as do those that come."""
+        """Requests in progress may go on so long; then they, and any that still come, end with an error saying why."""
         asyncio.get_running_loop().call_later(seconds, self._client.stop)
 
     async def close(self) -> None:
@@ -108,14 +106,12 @@ class Ingress:
 
 
 def _cancel(client: ClusterClient, service: Service, call_id: str) -> None:
-    from kvbaton.cluster.http.call import cancel_call
-
     if cancel_call(client, call_id, service.limits.max_prompts):
         log.info("call %s was cancelled at another replica", call_id)
 
 
 async def _wait_for_engines(client: ClusterClient) -> None:
-    """A replica that takes requests should be able to serve them; without engines it starts all the same."""
+    """A replica that takes requests should be able to serve them. If none of its engines answers, it starts anyway."""
     try:
         await asyncio.wait_for(client.wait_ready(), _ENGINE_WAIT_S)
     except TimeoutError:
