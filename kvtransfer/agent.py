@@ -65,8 +65,7 @@ class TransferAgent:
         self._commands: deque[Callable[[], None]] = deque()
         self._serials = itertools.count(1)
         self._handoffs = OpenHandoffs(memory, block_sums(settings.checksum, memory), on_event)
-        fields = (*compatibility, ("kvtransfer.checksum", settings.checksum))
-        self._sessions = Sessions(transport, self._address, secret, fields, settings, self._handoffs)
+        self._sessions = Sessions(transport, self._address, secret, compatibility, settings, self._handoffs)
         self._now = clock()
         self._tick_at = self._now
         self._thread = AgentThread(self, transport)

@@ -75,7 +75,7 @@ class HandshakeStep:
 class Handshake:
     """One side of one exchange. `admit` may veto a peer by raising HandshakeRefused.
 
-    `own` is called when the own HELLO is due: an acceptor spends nothing on a peer that has not shown the secret.
+    `own` makes this side's HELLO when it is due: an acceptor spends nothing on a peer that has not shown the secret.
     """
 
     def __init__(

@@ -89,7 +89,7 @@ class Landed:
 class Released:
     """The agent touches no block of this hand-off any more: prefill's sources or decode's landing blocks may be reused.
 
-    `acked` is True when decode has everything; on a hand-off that failed it follows `Failed` (or the own `cancel`).
+    `acked` is True when decode has everything; on a hand-off that failed it follows `Failed` (or this side's `cancel`).
     """
 
     key: HandoffKey

@@ -143,7 +143,7 @@ class Session:
             receiver.on_tick(now, settings.stall_s)
         if now >= self._renew_at:
             self._renew()
-        draining = [h.draining_since for h in self._own_handoffs() if not h.live]
+        draining = [h.draining_since for h in self._all_handoffs() if not h.live]
         if any(now - since >= settings.drain_s for since in draining):
             self.close(f"peer has not finished its operations within {settings.drain_s} s")
         elif any(now - since >= settings.answer_s and since > self._heard for since in draining):
@@ -174,7 +174,7 @@ class Session:
         sender.start()
         return sender
 
-    def _own_handoffs(self) -> list[SendHandoff | ReceiveHandoff]:
+    def _all_handoffs(self) -> list[SendHandoff | ReceiveHandoff]:
         return [*self.senders.values(), *self.receivers.values()]
 
     # numbers, for any thread
@@ -357,7 +357,7 @@ class Session:
 
     def _renew(self) -> None:
         self._renew_at = self._now + self._settings.renew_s
-        live = [h.handle for h in self._own_handoffs() if h.live]
+        live = [h.handle for h in self._all_handoffs() if h.live]
         for start in range(0, len(live), MAX_RENEW_HANDLES):
             self._send_renew(live[start : start + MAX_RENEW_HANDLES])
 

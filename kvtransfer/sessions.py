@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 class Sessions:
     """Used on the agent's thread alone, but for `snapshot` and `traffic`.
 
-    `compatibility` lists (field, value) pairs that must be equal at both engines; `secret` is the cluster's.
+    `compatibility` lists (field, value) pairs that must be equal at both engines, beside the kind of checksum;
+    `secret` is the cluster's.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Sessions:
         self._transport = transport
         self._address = address
         self._secret = secret
-        self._compatibility = compatibility
+        self._compatibility = (*compatibility, ("kvtransfer.checksum", settings.checksum))
         self._settings = settings
         self._handoffs = handoffs
         self._by_channel: dict[Channel, Session] = {}

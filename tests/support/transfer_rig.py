@@ -102,8 +102,9 @@ class BareEngine:
         self.address = PeerAddress(name, options.generation, self.transport.host, self.transport.port)
         self.events: list[Event] = []
         self.handoffs = OpenHandoffs(self.memory, None, self.events.append)
-        fields = (*options.fields, ("kvtransfer.checksum", options.settings.checksum))
-        self.sessions = Sessions(self.transport, self.address, options.secret, fields, options.settings, self.handoffs)
+        self.sessions = Sessions(
+            self.transport, self.address, options.secret, options.fields, options.settings, self.handoffs
+        )
 
     def poll(self) -> bool:
         worked = self.sessions.poll(self.clock())
