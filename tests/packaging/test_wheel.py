@@ -54,7 +54,7 @@ def test_wheel_holds_every_module_and_nothing_else(distributions: tuple[Path, Pa
     with zipfile.ZipFile(distributions[1]) as wheel:
         names = set(wheel.namelist())
     inside = {name.removeprefix("kvbaton/") for name in names if name.startswith("kvbaton/")}
-    assert inside == expected_files() | {"__init__.py", "py.typed"}
+    assert inside == expected_files() | {"__init__.py", "py.typed", "settings.py"}
     tops = {name.split("/")[0] for name in names}
     assert tops == {"kvbaton", f"kvbaton-{kvbaton.__version__}.dist-info"}
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
