@@ -15,8 +15,9 @@ import time
 from dataclasses import dataclass, field
 
 from kvbaton.cluster.client.client import ClusterClient
+from kvbaton.cluster.session.messages import ToIngress
 from kvbaton.cluster.session.server import SessionServer
-from kvbaton.cluster.session.wire import Encoder, FrameReader, decode_step, unpack
+from kvbaton.cluster.session.wire import Encoder, FrameReader, decode_message
 from kvbaton.cluster.store.registry import Membership, Registration
 from kvbaton.cluster.store.store import MemoryStore
 from kvbaton.engine.orders import Submit
@@ -59,7 +60,7 @@ def measure_wire(requests: list[Request], steps: int) -> tuple[float, float]:
     encoded = time.process_time()
     for _ in range(steps):
         for body in reader.feed(frame):
-            decode_step(unpack(body)[1])
+            decode_message(body, ToIngress)
     return (encoded - started) / tokens, (time.process_time() - encoded) / tokens
 
 

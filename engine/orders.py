@@ -12,8 +12,19 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Annotated
 
-from kvbaton.engine.request import FinishReason, Request, TokenOutput
+import msgspec
+
+from kvbaton.engine.request import (
+    MAX_ERROR_CHARS,
+    FinishReason,
+    Natural,
+    Request,
+    RequestId,
+    SampleIndex,
+    TokenOutput,
+)
 from kvbaton.kvtransfer.messages import HandoffKey, PeerAddress
 
 
@@ -44,17 +55,16 @@ class Submit:
         ]
 
 
-@dataclass(frozen=True, slots=True)
-class Migrate:
+class Migrate(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Hand one decoding sample over to the engine `to`, which has a MIGRATION leg named (`new_id`, `new_epoch`) whose
     prompt and emitted tokens are `context_tokens`. `to` None: stop the migration to that leg, and decode on."""
 
-    request_id: str
-    sample: int
+    request_id: RequestId
+    sample: SampleIndex
     to: PeerAddress | None
-    new_id: str
-    new_epoch: int
-    context_tokens: int
+    new_id: RequestId
+    new_epoch: Natural
+    context_tokens: Natural
 
     @property
     def key(self) -> HandoffKey:
@@ -62,22 +72,20 @@ class Migrate:
         return HandoffKey(self.new_id, self.new_epoch)
 
 
-@dataclass(frozen=True, slots=True)
-class Migrated:
+class Migrated(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """How a migration ended at its source. `refusal` None: the sample goes on at the target, and all of its tokens up
     to there were sent before. Else it goes on here, and this says why."""
 
-    new_id: str
-    new_epoch: int
-    refusal: str | None
+    new_id: RequestId
+    new_epoch: Natural
+    refusal: Annotated[str, msgspec.Meta(max_length=MAX_ERROR_CHARS)] | None
 
 
-@dataclass(frozen=True, slots=True)
-class MigrationWanted:
+class MigrationWanted(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """The engine asks the ingress to migrate a request (every sample of it) to engine `to`, None: wherever it likes."""
 
-    request_id: str
-    to: str | None = None
+    request_id: RequestId
+    to: RequestId | None = None
 
 
 Notice = Migrated | MigrationWanted

@@ -1,5 +1,8 @@
 """What a client asks for and what an engine answers, as plain values: no torch, no Ray, no I/O.
 
+Those that travel whole in a session's frames are Structs, with the bounds that the wire checks on their fields
+(kvtransfer/codec.py); code that makes one itself is not checked.
+
 A `Request` is immutable. The ingress makes it, both engines of a pair receive the same one, and a resumed
 request is a new `Request` with a higher `epoch` whose `emitted` tokens continue the old one.
 """
@@ -8,9 +11,19 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
 
 MAX_SAMPLES = 16
 MAX_TOP_LOGPROBS = 20
+MAX_ID_CHARS = 256
+MAX_ERROR_CHARS = 4096
+MAX_LIST = 1 << 16  # entries of a list in `SamplingParams`
+
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+RequestId = Annotated[str, msgspec.Meta(max_length=MAX_ID_CHARS)]
+SampleIndex = Annotated[int, msgspec.Meta(ge=0, lt=MAX_SAMPLES)]
 
 
 class InvalidRequest(ValueError):
@@ -30,29 +43,29 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
+class SamplingParams(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """How the tokens of a request are chosen. All values are already checked (`check`) and defaults resolved.
 
     `seed` is always concrete, so that a resumed or migrated request draws the same tokens: sample `i` at sequence
     position `p` uses the random number of the key (seed, i, p) and nothing else.
     """
 
-    max_tokens: int
+    max_tokens: Natural
     seed: int = 0
     temperature: float = 1.0
-    top_k: int = 0  # 0 = off
+    top_k: Natural = 0  # 0 = off
     top_p: float = 1.0
     min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    logprobs: int | None = None  # None = off, 0 = chosen token only, k = also the k best
-    prompt_logprobs: int | None = None  # same, for each prompt token
-    n: int = 1
-    min_tokens: int = 0
-    stop_token_ids: tuple[int, ...] = ()  # includes the model's end-of-sequence ids unless ignore_eos
+    logit_bias: Annotated[tuple[tuple[Natural, float], ...], msgspec.Meta(max_length=MAX_LIST)] = ()
+    logprobs: Natural | None = None  # None = off, 0 = chosen token only, k = also the k best
+    prompt_logprobs: Natural | None = None  # same, for each prompt token
+    n: Natural = 1
+    min_tokens: Natural = 0
+    # includes the model's end-of-sequence ids unless ignore_eos
+    stop_token_ids: Annotated[tuple[Natural, ...], msgspec.Meta(max_length=MAX_LIST)] = ()
     ignore_eos: bool = False
 
     @property
@@ -124,29 +137,27 @@ class Request:
         return self.prompt + self.emitted
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Log-probability of one chosen token and of the `top` best ones, best first, as (token id, logprob)."""
 
     logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    top: tuple[tuple[Natural, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class TokenOutput:
+class TokenOutput(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One token of one sample, numbered from 0 by `index`; the unit that travels from engine to ingress.
 
     A sample that ends without a new token (abort, error) has `token_id` None. `cached_tokens` and `prompt_logprobs`
     are set on the first token that an engine makes for a request (index == len(request.emitted)).
     """
 
-    request_id: str
-    epoch: int
-    sample: int
-    index: int
-    token_id: int | None
+    request_id: RequestId
+    epoch: Natural
+    sample: SampleIndex
+    index: Natural
+    token_id: Natural | None
     logprobs: TokenLogprobs | None = None
     finish: FinishReason | None = None
-    cached_tokens: int | None = None
+    cached_tokens: Natural | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-    error: str | None = None
+    error: Annotated[str, msgspec.Meta(max_length=MAX_ERROR_CHARS)] | None = None

@@ -37,8 +37,8 @@ def pack(message: msgspec.Struct) -> bytes:
     return packed
 
 
-def parts_of(message: msgspec.Struct) -> list[Any]:
-    """What msgpack packs for `message`: its fields in order, nested ones as lists, too."""
+def parts_of(message: msgspec.Struct | list[Any]) -> list[Any]:
+    """What msgpack packs for a message, or for a list of them: the fields in order, nested ones as lists, too."""
     parts: list[Any] = msgspec.to_builtins(message, builtin_types=(bytes,))
     return parts
 

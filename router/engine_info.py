@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+
+from kvbaton.engine.request import Natural
 
 
 class Role(enum.StrEnum):
@@ -43,26 +48,25 @@ class EngineInfo:
     prefill_chunk_tokens: int = 512
 
 
-@dataclass(frozen=True, slots=True)
-class EngineLoad:
+class EngineLoad(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """An engine's own numbers at the end of a step. Token counts, block counts and seconds.
 
     `held_blocks` is the sum of those of sequences, of hand-offs that a peer reads, of KV that lands, and of those in
     quarantine.
     """
 
-    waiting_requests: int = 0
-    running_requests: int = 0
-    queued_prefill_tokens: int = 0
-    running_context_tokens: int = 0
-    free_blocks: int = 0
-    held_blocks: int = 0
-    cached_blocks: int = 0
-    step_s: float = 0.0
-    sequence_blocks: int = 0
-    hold_blocks: int = 0
-    landing_blocks: int = 0
-    quarantine_blocks: int = 0
-    handoffs_acked: int = 0  # since the engine's start, as are the two below
-    handoffs_failed: int = 0
-    checksum_failures: int = 0
+    waiting_requests: Natural = 0
+    running_requests: Natural = 0
+    queued_prefill_tokens: Natural = 0
+    running_context_tokens: Natural = 0
+    free_blocks: Natural = 0
+    held_blocks: Natural = 0
+    cached_blocks: Natural = 0
+    step_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    sequence_blocks: Natural = 0
+    hold_blocks: Natural = 0
+    landing_blocks: Natural = 0
+    quarantine_blocks: Natural = 0
+    handoffs_acked: Natural = 0  # since the engine's start, as are the two below
+    handoffs_failed: Natural = 0
+    checksum_failures: Natural = 0

@@ -24,7 +24,7 @@ from kvbaton.cluster.client.links import EngineLinks
 from kvbaton.cluster.client.live_request import EngineSession, LiveRequest, LoopTimers
 from kvbaton.cluster.client.migration import ClientMigrations, MigrationRefused
 from kvbaton.cluster.client.settings import ClientConfig, ClientCounters
-from kvbaton.cluster.session.requests import check_sendable
+from kvbaton.cluster.session.messages import check_sendable
 from kvbaton.cluster.store.registry import Membership
 from kvbaton.engine.orders import Notice
 from kvbaton.engine.request import InvalidRequest, Request, TokenOutput

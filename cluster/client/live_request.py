@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from msgspec import structs
+
 from kvbaton.engine.orders import Migrate, Submit
 from kvbaton.engine.request import FinishReason, Request, TokenOutput
 from kvbaton.router.engine_info import EngineInfo
@@ -255,7 +257,7 @@ class LiveRequest:
         if output.request_id == self.request.request_id:
             return output
         first = output.index == len(self.request.emitted)
-        return replace(
+        return structs.replace(
             output,
             request_id=self.request.request_id,
             cached_tokens=output.cached_tokens if first else None,
@@ -266,7 +268,7 @@ class LiveRequest:
 def resume_request(live: LiveRequest, index: int, now: float) -> Request:
     """A new request for one sample, which goes on where its tokens end. `epoch` of `live` makes its name unique."""
     request, tokens = live.request, tuple(live.samples[index].tokens)
-    sampling = replace(request.sampling, prompt_logprobs=None) if tokens else request.sampling
+    sampling = structs.replace(request.sampling, prompt_logprobs=None) if tokens else request.sampling
     return replace(
         request,
         request_id=f"{request.request_id}~{live.epoch}.{index}",

@@ -11,7 +11,8 @@ from typing import Protocol
 
 from kvbaton.cluster.session.connection import FramedConnection, SessionLimits
 from kvbaton.cluster.session.handshake import IngressHandshake
-from kvbaton.cluster.session.wire import STEP, Encoder, decode_notice, decode_step, unpack
+from kvbaton.cluster.session.messages import AbortMessage, BeatMessage, StepMessage, SubmitMessage, ToIngress
+from kvbaton.cluster.session.wire import Encoder, decode_message
 from kvbaton.engine.orders import Migrate, Notice, Submit
 from kvbaton.engine.request import TokenOutput
 from kvbaton.router.engine_info import EngineInfo, EngineLoad
@@ -84,17 +85,17 @@ class SessionClient:
         """Queue a request. Raises `SessionLost` where the session is gone: nothing was sent."""
         if self._connection is None or not self.connected:
             raise SessionLost(f"engine {self.info.engine_id}: no session")
-        self._connection.send(self._encoder.submit(submit))
+        self._connection.send(self._encoder.message(SubmitMessage.of(submit)))
 
     def abort(self, request_id: str, sample: int | None = None) -> None:
         """Tell the engine to forget a request, or one sample of it. Without a session there is nothing to abort."""
         if self._connection is not None:
-            self._connection.send(self._encoder.abort(request_id, sample))
+            self._connection.send(self._encoder.message(AbortMessage(request_id, sample)))
 
     def migrate(self, order: Migrate) -> None:
         """Have a sample migrated, or stop that. Without a session nothing is sent: its loss tells the owner anyway."""
         if self._connection is not None:
-            self._connection.send(self._encoder.migrate(order))
+            self._connection.send(self._encoder.message(order))
 
     def drop(self, reason: str) -> None:
         """End the session at once; `lost` follows with this reason."""
@@ -119,16 +120,15 @@ class SessionClient:
         if self._handshake.welcome is None:
             self._shake_hands(frame)
             return
-        kind, fields = unpack(frame)
-        if kind != STEP:
-            self._events.notice(self, decode_notice(kind, fields))
-            return
-        outputs, load = decode_step(fields)
-        self._events.step(self, outputs, load)
+        message: ToIngress = decode_message(frame, ToIngress)
+        if isinstance(message, StepMessage):
+            self._events.step(self, message.outputs, message.load)
+        else:
+            self._events.notice(self, message)
 
     def beat(self) -> None:
         if self._connection is not None:
-            self._connection.send(self._encoder.beat())
+            self._connection.send(self._encoder.message(BeatMessage()))
 
     def closed(self, reason: str) -> None:
         if self._handshake.welcome is not None:

@@ -10,9 +10,10 @@ import asyncio
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from kvbaton.cluster.session.fields import WireError
-from kvbaton.cluster.session.handshake import MAX_HANDSHAKE_BYTES, HandshakeRefused
+from kvbaton.cluster.session.messages import MAX_HANDSHAKE_BYTES
 from kvbaton.cluster.session.wire import FrameReader
+from kvbaton.kvtransfer.codec import WireError
+from kvbaton.kvtransfer.handshake import HandshakeRefused
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,28 +16,22 @@ import enum
 import hashlib
 import hmac
 import secrets
+from typing import Any
 
-from kvbaton.cluster.session.fields import WireError, natural, sized, text
-from kvbaton.cluster.session.requests import MAX_ID_CHARS
-from kvbaton.cluster.session.wire import (
-    CHALLENGE,
-    HELLO,
-    PROOF,
-    PROTOCOL_VERSION,
-    REFUSED,
-    WELCOME,
-    Encoder,
-    decode_load,
-    unpack,
+from kvbaton.cluster.session.messages import (
+    KINDS,
+    NONCE_BYTES,
+    ChallengeMessage,
+    HelloMessage,
+    ProofMessage,
+    RefusedMessage,
+    WelcomeMessage,
 )
+from kvbaton.cluster.session.wire import PROTOCOL_VERSION, Encoder, decode_message, kind_and_fields
+from kvbaton.kvtransfer.handshake import HandshakeRefused
 from kvbaton.router.engine_info import EngineLoad
 
-NONCE_BYTES = 32
-MAX_HANDSHAKE_BYTES = 2048  # no frame may be longer before the proof
-
-
-class HandshakeRefused(Exception):
-    """The two ends must not talk; the message says what differs. Safe to show to the other end."""
+_VERSIONED = (KINDS.index(HelloMessage), KINDS.index(ChallengeMessage))
 
 
 class _Side(enum.StrEnum):
@@ -58,28 +52,19 @@ class EngineHandshake:
 
     def receive(self, frame: bytes, encoder: Encoder) -> bytes | None:
         """The reply to send, if any. Raises `WireError` or `HandshakeRefused`."""
-        kind, fields = unpack(frame)
         if self._expected_proof is None:
-            return self._challenge(kind, fields, encoder)
-        if kind != PROOF:
-            raise WireError(f"expected a proof, got message kind {kind}")
-        (proof,) = sized("proof", fields, 1)
-        if type(proof) is not bytes or not hmac.compare_digest(proof, self._expected_proof):
-            raise HandshakeRefused("the cluster secrets differ")
+            return self._challenge(_decode(frame, HelloMessage), encoder)
+        _check_proof(_decode(frame, ProofMessage).proof, self._expected_proof)
         self.done = True
         return None
 
-    def _challenge(self, kind: int, fields: list[object], encoder: Encoder) -> bytes:
-        if kind != HELLO:
-            raise WireError(f"expected a hello, got message kind {kind}")
-        version, ingress_id, ingress_nonce = sized("hello", fields, 3)
-        _check_version(version)
-        self.ingress_id = text("ingress id", ingress_id, MAX_ID_CHARS)
+    def _challenge(self, hello: HelloMessage, encoder: Encoder) -> bytes:
+        self.ingress_id = hello.ingress_id
         nonce = secrets.token_bytes(NONCE_BYTES)
-        nonces = _nonce(ingress_nonce) + nonce
+        nonces = hello.nonce + nonce
         self._expected_proof = self._proof(_Side.INGRESS, nonces)
         mine = self._proof(_Side.ENGINE, nonces)
-        return encoder.message(CHALLENGE, PROTOCOL_VERSION, self._engine_id, self._generation, nonce, mine)
+        return encoder.message(ChallengeMessage(PROTOCOL_VERSION, self._engine_id, self._generation, nonce, mine))
 
     def _proof(self, side: _Side, nonces: bytes) -> bytes:
         return _proof(self._secret, side, nonces, self._engine_id, self._generation)
@@ -98,46 +83,40 @@ class IngressHandshake:
         self.welcome: EngineLoad | None = None
 
     def hello(self, encoder: Encoder) -> bytes:
-        return encoder.message(HELLO, PROTOCOL_VERSION, self._ingress_id, self._nonce)
+        return encoder.message(HelloMessage(PROTOCOL_VERSION, self._ingress_id, self._nonce))
 
     def receive(self, frame: bytes, encoder: Encoder) -> bytes | None:
         """The reply to send, if any; `welcome` is set at the end. Raises `WireError` or `HandshakeRefused`."""
-        kind, fields = unpack(frame)
-        if kind == REFUSED:
-            (reason,) = sized("refusal", fields, 1)
-            raise HandshakeRefused(text("refusal", reason, MAX_HANDSHAKE_BYTES))
-        if kind == CHALLENGE and not self._proved:
-            return self._prove(fields, encoder)
-        if kind != WELCOME or not self._proved:
-            raise WireError(f"unexpected message kind {kind} in the handshake")
-        _, load = sized("welcome", fields, 2)
-        self.welcome = decode_load(load)
+        message = _decode(frame, (WelcomeMessage if self._proved else ChallengeMessage) | RefusedMessage)
+        if isinstance(message, RefusedMessage):
+            raise HandshakeRefused(message.reason)
+        if isinstance(message, ChallengeMessage):
+            return self._prove(message, encoder)
+        self.welcome = message.load
         return None
 
-    def _prove(self, fields: list[object], encoder: Encoder) -> bytes:
-        version, engine_id, generation, nonce, proof = sized("challenge", fields, 5)
-        _check_version(version)
-        engine_id, generation = text("engine id", engine_id, MAX_ID_CHARS), natural("generation", generation)
+    def _prove(self, challenge: ChallengeMessage, encoder: Encoder) -> bytes:
+        engine_id, generation = challenge.engine_id, challenge.generation
         if (engine_id, generation) != (self._engine_id, self._generation):
             wanted = f"{self._engine_id} generation {self._generation}"
             raise HandshakeRefused(f"expected engine {wanted}, found {engine_id} generation {generation}")
-        nonces = self._nonce + _nonce(nonce)
-        expected = _proof(self._secret, _Side.ENGINE, nonces, engine_id, generation)
-        if type(proof) is not bytes or not hmac.compare_digest(proof, expected):
-            raise HandshakeRefused("the cluster secrets differ")
+        nonces = self._nonce + challenge.nonce
+        _check_proof(challenge.proof, _proof(self._secret, _Side.ENGINE, nonces, engine_id, generation))
         self._proved = True
-        return encoder.message(PROOF, _proof(self._secret, _Side.INGRESS, nonces, engine_id, generation))
+        return encoder.message(ProofMessage(_proof(self._secret, _Side.INGRESS, nonces, engine_id, generation)))
 
 
-def _check_version(version: object) -> None:
-    if version != PROTOCOL_VERSION:
-        raise HandshakeRefused(f"session protocol version {PROTOCOL_VERSION} here, {version!r:.20} there")
+def _decode(frame: bytes, allowed: Any) -> Any:
+    """The version is looked at first: what else another one says may have another shape."""
+    kind, fields = kind_and_fields(frame)
+    if kind in _VERSIONED and fields and type(fields[0]) is int and fields[0] != PROTOCOL_VERSION:
+        raise HandshakeRefused(f"session protocol version {PROTOCOL_VERSION} here, {fields[0]} there")
+    return decode_message(frame, allowed)
 
 
-def _nonce(value: object) -> bytes:
-    if type(value) is not bytes or len(value) != NONCE_BYTES:
-        raise WireError(f"a nonce is {NONCE_BYTES} bytes")
-    return value
+def _check_proof(proof: bytes, expected: bytes) -> None:
+    if not hmac.compare_digest(proof, expected):
+        raise HandshakeRefused("the cluster secrets differ")
 
 
 def _proof(secret: bytes, side: _Side, nonces: bytes, engine_id: str, generation: int) -> bytes:

@@ -16,13 +16,12 @@ import logging
 from typing import Protocol
 
 from kvbaton.cluster.session.connection import FramedConnection, SessionLimits
-from kvbaton.cluster.session.fields import WireError
-from kvbaton.cluster.session.handshake import EngineHandshake, HandshakeRefused
-from kvbaton.cluster.session.migrations import decode_migrate
-from kvbaton.cluster.session.requests import decode_abort, decode_submit
-from kvbaton.cluster.session.wire import ABORT, BEAT, MIGRATE, REFUSED, SUBMIT, WELCOME, Encoder, load_fields, unpack
+from kvbaton.cluster.session.handshake import EngineHandshake
+from kvbaton.cluster.session.messages import AbortMessage, RefusedMessage, SubmitMessage, ToEngine, WelcomeMessage
+from kvbaton.cluster.session.wire import Encoder, decode_message
 from kvbaton.engine.orders import Migrate, Notice, Submit
 from kvbaton.engine.request import TokenOutput
+from kvbaton.kvtransfer.handshake import HandshakeRefused
 from kvbaton.router.engine_info import EngineLoad
 
 log = logging.getLogger(__name__)
@@ -156,15 +155,13 @@ class _Session:
         if not self._handshake.done:
             self._shake_hands(frame)
             return
-        kind, fields = unpack(frame)
-        if kind == SUBMIT:
-            self._submit(decode_submit(fields))
-        elif kind == ABORT:
-            self._server.handler.abort(self.session_id, *decode_abort(fields))
-        elif kind == MIGRATE:
-            self._server.handler.migrate_sample(self.session_id, decode_migrate(fields))
-        elif kind != BEAT:
-            raise WireError(f"message kind {kind} is not for an engine")
+        message: ToEngine = decode_message(frame, ToEngine)
+        if isinstance(message, SubmitMessage):
+            self._submit(message.submit())
+        elif isinstance(message, AbortMessage):
+            self._server.handler.abort(self.session_id, message.request_id, message.sample)
+        elif isinstance(message, Migrate):
+            self._server.handler.migrate_sample(self.session_id, message)
 
     def beat(self) -> None:
         self.connection.send(self._server.encoder.step((), self._server.load))
@@ -181,14 +178,14 @@ class _Session:
         try:
             reply = self._handshake.receive(frame, encoder)
         except HandshakeRefused as refusal:
-            self.connection.send(encoder.message(REFUSED, str(refusal)))
+            self.connection.send(encoder.message(RefusedMessage(str(refusal))))
             raise
         if reply is not None:
             self.connection.send(reply)
             return
         self.session_id = self._server.welcomed(self)
         self.connection.authenticated()
-        self.connection.send(encoder.message(WELCOME, self.session_id, load_fields(self._server.load)))
+        self.connection.send(encoder.message(WelcomeMessage(self.session_id, self._server.load)))
         log.info("ingress %s: session %d opened", self._handshake.ingress_id, self.session_id)
 
     def _submit(self, submit: Submit) -> None:

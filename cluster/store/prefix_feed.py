@@ -19,14 +19,14 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import msgpack
+from msgspec import Struct
 
-from kvbaton.cluster.session.fields import WireError, natural, sized
 from kvbaton.cluster.store.store import Cursor, Store, StoreUnavailable, end_task
 from kvbaton.engine.block_hash import HASH_BYTES, BlockHash
 from kvbaton.engine.kv.kv_manager import CacheEvent, CacheEventKind, CacheSnapshot
+from kvbaton.engine.request import Natural
+from kvbaton.kvtransfer.codec import WireError, decode, pack
 from kvbaton.router.engine_info import EngineInfo
 from kvbaton.router.prefix_index import PrefixIndex
 
@@ -40,55 +40,59 @@ RETRY_S = 1.0
 QUIET_S = 20.0
 SNAPSHOT_S = KEEP_S / 4
 READ_LIMIT = 256
+MAX_VALUE_BYTES = 64 << 20
 
 
 def _names(engine_id: str, generation: int) -> tuple[str, str]:
     return f"prefix-events/{engine_id}/{generation}", f"prefix-snapshot/{engine_id}/{generation}"
 
 
-def encode_events(first: int, events: Sequence[CacheEvent]) -> bytes:
+class EventBatch(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Consecutive events from number `first` on: a byte for each kind (1 = stored), then the hashes end to end."""
+
+    first: Natural
+    kinds: bytes
+    hashes: bytes
+
+
+class SnapshotEntry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A `CacheSnapshot`, its hashes end to end."""
+
+    number: Natural
+    hashes: bytes
+
+
+def encode_events(first: int, events: Sequence[CacheEvent]) -> bytes:
+    """`events` are numbered from `first` on."""
     kinds = bytes(event.kind is CacheEventKind.STORED for event in events)
-    body: bytes = msgpack.packb([first, kinds, b"".join(event.block_hash for event in events)])
-    return body
+    return pack(EventBatch(first, kinds, b"".join(event.block_hash for event in events)))
 
 
 def decode_events(value: bytes) -> tuple[int, list[CacheEvent]]:
     """Inverse of `encode_events`: (first number, events). Raises `WireError`."""
-    first, kinds, hashes = _unpack("prefix events", value, 3)
-    if type(kinds) is not bytes:
-        raise WireError("prefix events: kinds must be bytes")
-    found = _split(hashes)
-    if len(found) != len(kinds):
-        raise WireError(f"prefix events: {len(kinds)} kinds for {len(found)} hashes")
-    number = natural("first number", first)
-    return number, [
-        CacheEvent(number + i, CacheEventKind.STORED if kind else CacheEventKind.EVICTED, found[i])
-        for i, kind in enumerate(kinds)
+    batch = decode(value, EventBatch, MAX_VALUE_BYTES, max_items=8)
+    found = _split(batch.hashes)
+    if len(found) != len(batch.kinds):
+        raise WireError(f"prefix events: {len(batch.kinds)} kinds for {len(found)} hashes")
+    return batch.first, [
+        CacheEvent(batch.first + i, CacheEventKind.STORED if kind else CacheEventKind.EVICTED, found[i])
+        for i, kind in enumerate(batch.kinds)
     ]
 
 
 def encode_snapshot(snapshot: CacheSnapshot) -> bytes:
-    body: bytes = msgpack.packb([snapshot.number, b"".join(snapshot.hashes)])
-    return body
+    return pack(SnapshotEntry(snapshot.number, b"".join(snapshot.hashes)))
 
 
 def decode_snapshot(value: bytes) -> CacheSnapshot:
     """Inverse of `encode_snapshot`. Raises `WireError`."""
-    number, hashes = _unpack("prefix snapshot", value, 2)
-    return CacheSnapshot(natural("number", number), tuple(_split(hashes)))
+    entry = decode(value, SnapshotEntry, MAX_VALUE_BYTES, max_items=8)
+    return CacheSnapshot(entry.number, tuple(_split(entry.hashes)))
 
 
-def _unpack(name: str, value: bytes, size: int) -> list[Any]:
-    try:
-        return sized(name, msgpack.unpackb(value, max_map_len=0, max_ext_len=0), size)
-    except (ValueError, msgpack.UnpackException) as error:
-        raise WireError(f"{name}: {error}") from error
-
-
-def _split(hashes: object) -> list[BlockHash]:
-    if type(hashes) is not bytes or len(hashes) % HASH_BYTES:
-        raise WireError(f"hashes must be bytes, {HASH_BYTES} each")
+def _split(hashes: bytes) -> list[BlockHash]:
+    if len(hashes) % HASH_BYTES:
+        raise WireError(f"hashes must be {HASH_BYTES} bytes each, got {len(hashes)} bytes")
     return [hashes[i : i + HASH_BYTES] for i in range(0, len(hashes), HASH_BYTES)]
 
 

@@ -19,12 +19,13 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-import msgpack
+from msgspec import Meta, Struct, structs
 
-from kvbaton.cluster.session.fields import WireError, natural, sized
 from kvbaton.cluster.store.store import Cursor, Entry, Store, StoreUnavailable, end_task
+from kvbaton.engine.request import Natural
+from kvbaton.kvtransfer.codec import WireError, decode, pack
 from kvbaton.router.engine_info import EngineInfo, EngineState, Role
 
 log = logging.getLogger(__name__)
@@ -36,46 +37,44 @@ LOOK_S = 1.0
 MAX_BACKOFF_S = 5.0
 ENGINES = "engines/"
 CHANGES = "engine-changes"  # stream: an event for each change but beats, so that watchers look at once
+MAX_ENTRY_BYTES = 64 << 10
+MAX_TEXT_CHARS = 4096
 _MAX_CHANGES = 64
+
+_Name = Annotated[str, Meta(max_length=256)]
+_Text = Annotated[str, Meta(max_length=MAX_TEXT_CHARS)]
+_Port = Annotated[int, Meta(ge=0, lt=1 << 16)]
+
+
+class EngineEntry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What stands in the store for one engine: its count of beats, then an `EngineInfo` field by field."""
+
+    beat: Natural
+    engine_id: _Name
+    generation: Natural
+    role: Role
+    state: EngineState
+    host: _Name
+    session_port: _Port
+    kv_port: _Port
+    model_id: _Text
+    max_model_len: Natural
+    block_size: Natural
+    num_blocks: Natural
+    reason: _Text
+    prefill_chunk_tokens: Natural
 
 
 def encode_entry(info: EngineInfo, beat: int) -> bytes:
-    body: bytes = msgpack.packb([beat, *(getattr(info, name) for name in _INFO_TYPES)])
-    return body
+    """A reason that is too long is cut."""
+    info = dataclasses.replace(info, reason=info.reason[:MAX_TEXT_CHARS])
+    return pack(EngineEntry(beat, *(getattr(info, name) for name in EngineEntry.__struct_fields__[1:])))
 
 
 def decode_entry(value: bytes) -> tuple[EngineInfo, int]:
     """(the engine, its beat count). Raises `WireError`."""
-    try:
-        fields = msgpack.unpackb(value, max_map_len=0, max_ext_len=0)
-    except (ValueError, msgpack.UnpackException) as error:
-        raise WireError(f"registry entry is not msgpack: {error}") from error
-    beat, *values = sized("registry entry", fields, 1 + len(_INFO_TYPES))
-    for (name, kind), item in zip(_INFO_TYPES.items(), values, strict=True):
-        if type(item) is not kind:
-            raise WireError(f"registry entry: {name} must be {kind.__name__}, got {item!r:.40}")
-    engine_id, generation, role, state, *rest = values
-    try:
-        return EngineInfo(engine_id, generation, Role(role), EngineState(state), *rest), natural("beat", beat)
-    except ValueError as error:
-        raise WireError(f"registry entry: {error}") from error
-
-
-_INFO_TYPES: dict[str, type] = {
-    "engine_id": str,
-    "generation": int,
-    "role": str,
-    "state": str,
-    "host": str,
-    "session_port": int,
-    "kv_port": int,
-    "model_id": str,
-    "max_model_len": int,
-    "block_size": int,
-    "num_blocks": int,
-    "reason": str,
-    "prefill_chunk_tokens": int,
-}
+    beat, *info = structs.astuple(decode(value, EngineEntry, MAX_ENTRY_BYTES, max_items=64))
+    return EngineInfo(*info), beat
 
 
 class Registration:

@@ -12,7 +12,8 @@ import pytest
 import pytest_asyncio
 
 from kvbaton.cluster.session.client import SessionClient, SessionLost
-from kvbaton.cluster.session.wire import HELLO, PROOF, PROTOCOL_VERSION, Encoder
+from kvbaton.cluster.session.messages import HelloMessage, ProofMessage
+from kvbaton.cluster.session.wire import PROTOCOL_VERSION, Encoder
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.engine.tiny import Family
 from kvbaton.kvtransfer.handshake import Handshake, Hello
@@ -137,8 +138,8 @@ async def test_a_recorded_handshake_opens_nothing(cluster: LocalCluster) -> None
         assert b"incompatible engines" in answer  # authentic, but its fields do not fit
     nonce = b"n" * 32
     proof = hmac.digest(SECRET, b"an old proof", hashlib.sha256)
-    greeting = Encoder().message(HELLO, PROTOCOL_VERSION, "stranger", nonce)
-    answer = await attack(info.session_port, greeting + Encoder().message(PROOF, proof))
+    greeting = Encoder().message(HelloMessage(PROTOCOL_VERSION, "stranger", nonce))
+    answer = await attack(info.session_port, greeting + Encoder().message(ProofMessage(proof)))
     assert b"the cluster secrets differ" in answer
     after = cluster.engines["decode-1"].stats()
     assert (after.requests, after.transfer.receiving, after.transfer.quarantined_blocks) == (0, 0, 0)

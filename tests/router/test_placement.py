@@ -6,6 +6,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
+from msgspec import structs
 
 from kvbaton.router.engine_info import EngineLoad, Role
 from kvbaton.router.engine_view import EngineView
@@ -54,11 +55,11 @@ def name(decision: Decision) -> str:
 
 
 def queued(tokens: int) -> EngineLoad:
-    return replace(IDLE, queued_prefill_tokens=tokens)
+    return structs.replace(IDLE, queued_prefill_tokens=tokens)
 
 
 def running(requests: int) -> EngineLoad:
-    return replace(IDLE, running_requests=requests)
+    return structs.replace(IDLE, running_requests=requests)
 
 
 def test_pair_of_the_least_queued_prefill_and_the_least_busy_decode() -> None:
@@ -176,7 +177,7 @@ def test_prompt_longer_than_the_cap_is_taken_by_an_empty_queue() -> None:
 
 def test_waiting_requests_cap_refuses_decode() -> None:
     config = replace(CONFIG, max_waiting_requests=8)
-    full = replace(IDLE, waiting_requests=8, running_requests=32)
+    full = structs.replace(IDLE, waiting_requests=8, running_requests=32)
     decision = decide([engine("p0"), engine("d0", load=full)], LONG, config, Random(0))
     assert isinstance(decision, Refused)
     # one of 32 running ends every other step of 20 + 40 ms

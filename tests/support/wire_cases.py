@@ -130,12 +130,12 @@ def _wrong_struct(kind: Any, good: list[Any]) -> Iterator[Wrong]:
 
 def _wrong_value(name: str, hint: Any, good: Any) -> Iterator[Wrong]:
     """`parts` of what this yields is the value of one field."""
+    kind = member_of(Bounds.of(hint).kind)
     for junk in JUNK:
-        if not could_be(hint, junk):
-            yield Wrong(f"{name} = {str(junk)[:20]}", (name,), junk)
+        if not could_be(hint, junk):  # an array that is too short may be named by what it should be
+            yield Wrong(f"{name} = {str(junk)[:20]}", (name, kind.__name__) if is_struct(kind) else (name,), junk)
     for outside in _outside(hint, good):
         yield Wrong(f"{name} out of bounds: {str(outside)[:20]}", (name,), outside)
-    kind = member_of(Bounds.of(hint).kind)
     if is_struct(kind):
         for broken in _wrong_struct(kind, good):
             cut = (name,) if broken.names == (kind.__name__,) else ()
@@ -170,7 +170,7 @@ def could_be(hint: Any, value: Any) -> bool:
     if get_origin(kind) is Literal:
         return type(value) is type(get_args(kind)[0])
     if get_origin(kind) in (tuple, list):
-        return value == [] and get_args(kind)[-1] is Ellipsis
+        return value == [] and (get_origin(kind) is list or get_args(kind)[-1] is Ellipsis)
     if is_struct(kind):
         return False
     if issubclass(kind, enum.Enum):

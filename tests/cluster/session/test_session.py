@@ -8,17 +8,20 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import msgpack
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvbaton.cluster.session.client import SessionClient, SessionLost
 from kvbaton.cluster.session.connection import SessionLimits
-from kvbaton.cluster.session.handshake import EngineHandshake, HandshakeRefused, IngressHandshake
+from kvbaton.cluster.session.handshake import EngineHandshake, IngressHandshake
+from kvbaton.cluster.session.messages import HelloMessage, ProofMessage
 from kvbaton.cluster.session.server import SessionServer, SubmitRefused
-from kvbaton.cluster.session.wire import HEADER, HELLO, PROOF, PROTOCOL_VERSION, Encoder, FrameReader, unpack
+from kvbaton.cluster.session.wire import HEADER, PROTOCOL_VERSION, Encoder, FrameReader, kind_and_fields
 from kvbaton.engine.orders import LegKind, Submit
 from kvbaton.engine.request import FinishReason, TokenOutput
+from kvbaton.kvtransfer.handshake import HandshakeRefused
 from kvbaton.kvtransfer.messages import PeerAddress
 from kvbaton.router.engine_info import EngineInfo, EngineLoad
 from support.session_support import SECRET, Listener, ScriptedEngine, make_info, make_request, start_server, until
@@ -113,10 +116,11 @@ async def test_wrong_secret_is_refused_at_both_ends(caplog: pytest.LogCaptureFix
         reader, writer = await asyncio.open_connection(info.host, info.session_port)
         encoder = Encoder()
         writer.write(
-            encoder.message(HELLO, PROTOCOL_VERSION, "impostor", b"n" * 32) + encoder.message(PROOF, b"p" * 32)
+            encoder.message(HelloMessage(PROTOCOL_VERSION, "impostor", b"n" * 32))
+            + encoder.message(ProofMessage(b"p" * 32))
         )
         frames = FrameReader(1 << 20).feed(await read_all(reader))
-        assert unpack(frames[-1])[1] == ["the cluster secrets differ"]
+        assert kind_and_fields(frames[-1])[1] == ["the cluster secrets differ"]
         writer.close()
         assert server.session_ids == ()
         assert engine.lost == []
@@ -151,19 +155,34 @@ def test_a_recorded_or_reflected_proof_is_worthless() -> None:
     replayed_to.receive(ingress.hello(encoder)[HEADER.size :], encoder)
     with pytest.raises(HandshakeRefused):
         replayed_to.receive(proof[HEADER.size :], encoder)
-    engine_proof = unpack(challenge[HEADER.size :])[1][-1]
+    engine_proof = kind_and_fields(challenge[HEADER.size :])[1][-1]
     with pytest.raises(HandshakeRefused):
-        engine.receive(encoder.message(PROOF, engine_proof)[HEADER.size :], encoder)
+        engine.receive(encoder.message(ProofMessage(engine_proof))[HEADER.size :], encoder)
     assert not engine.done
 
 
 async def test_protocol_version_is_checked_by_name() -> None:
     async with serving(ScriptedEngine()) as (_, info):
         reader, writer = await asyncio.open_connection(info.host, info.session_port)
-        writer.write(Encoder().message(HELLO, 99, "new", b"n" * 32))
+        writer.write(Encoder().message(HelloMessage(99, "new", b"n" * 32)))
         frames = FrameReader(1 << 20).feed(await read_all(reader))
-        assert unpack(frames[0])[1] == [f"session protocol version {PROTOCOL_VERSION} here, 99 there"]
+        assert kind_and_fields(frames[0])[1] == [f"session protocol version {PROTOCOL_VERSION} here, 99 there"]
         writer.close()
+
+
+@pytest.mark.parametrize("tail", [["a", b"n" * 32], [], [7, [["more"]], "fields", None]])
+def test_each_end_refuses_another_version_by_name_whatever_else_that_says(tail: list[object]) -> None:
+    why = f"session protocol version {PROTOCOL_VERSION} here, 4 there"
+    with pytest.raises(HandshakeRefused, match=why):
+        EngineHandshake(SECRET, "e1", 1).receive(msgpack.packb([0, 4, *tail]), Encoder())
+    with pytest.raises(HandshakeRefused, match=why):
+        IngressHandshake(SECRET, "i", "e1", 1).receive(msgpack.packb([1, 4, *tail]), Encoder())
+
+
+def test_an_engine_of_an_older_version_is_heard_when_it_refuses() -> None:
+    """The kind and the shape of REFUSED are the same in every version."""
+    with pytest.raises(HandshakeRefused, match="version 4 here, 5 there"):
+        IngressHandshake(SECRET, "i", "e1", 1).receive(msgpack.packb([4, "version 4 here, 5 there"]), Encoder())
 
 
 async def test_oversized_frame_before_the_proof_is_cut_at_its_header() -> None:
@@ -199,7 +218,7 @@ async def test_malformed_frame_costs_only_its_sender(caplog: pytest.LogCaptureFi
         bad = await connect(info, Listener())
         bad_id = server.session_ids[1]
         assert bad._connection is not None
-        bad._connection.send(Encoder().message(77))
+        bad._connection.send(Encoder().message(ProofMessage(b"")))
         await until(engine.changed, lambda: bool(engine.lost))
         assert engine.lost == [bad_id]
         client.submit(Submit(make_request(), LegKind.LOCAL))

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from kvbaton.cluster.session.fields import WireError
 from kvbaton.cluster.store import prefix_feed
 from kvbaton.cluster.store.prefix_feed import PrefixFollower, PrefixPublisher, decode_events, encode_events
 from kvbaton.cluster.store.store import MemoryStore, StoreUnavailable, StreamReset
 from kvbaton.engine.block_hash import block_hashes
 from kvbaton.engine.kv.kv_manager import CacheEvent, CacheEventKind, KVManager
+from kvbaton.kvtransfer.codec import WireError
 from kvbaton.router.engine_info import EngineInfo, EngineState, Role
 from kvbaton.router.prefix_index import PrefixIndex
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvbaton.cluster.session.fields import WireError
 from kvbaton.cluster.store.redis_store import RedisStore
 from kvbaton.cluster.store.registry import Membership, Registration, decode_entry, encode_entry
 from kvbaton.cluster.store.store import MemoryStore, StoreUnavailable
 from kvbaton.cluster.store.valkey import EmbeddedValkey
+from kvbaton.kvtransfer.codec import WireError
 from kvbaton.router.engine_info import EngineInfo, EngineState, Role
 from support.client_support import eventually
 from support.pool_support import settle
