@@ -17,11 +17,11 @@ from random import Random
 from kvbaton.engine.block_hash import BlockHash, block_hashes
 from kvbaton.engine.request import Request
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
-from kvbaton.router.engine_view import EngineView
 from kvbaton.router.placement import (
     Candidate,
     Decision,
     Demand,
+    EngineView,
     Local,
     Placement,
     RouterConfig,

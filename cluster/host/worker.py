@@ -14,9 +14,9 @@ An engine's role only decides what the router sends here: it is no state.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from kvbaton.cluster.host.inbox import Item
-from kvbaton.cluster.host.submit_check import SubmitCheck
 from kvbaton.decode_worker.worker import DecodeWorker
 from kvbaton.engine.config import BatchConfig
 from kvbaton.engine.kv.block_owners import BlockAudit, Owner
@@ -24,7 +24,7 @@ from kvbaton.engine.kv.kv_manager import CacheEvent, CacheSnapshot
 from kvbaton.engine.ledger import Ledger
 from kvbaton.engine.legs import Ending, Leg
 from kvbaton.engine.orders import Abort, Evacuate, LegKind, MigrationOrdered, Notice, Submitted
-from kvbaton.engine.request import TokenOutput
+from kvbaton.engine.request import Request, TokenOutput
 from kvbaton.engine.sequence import Status
 from kvbaton.engine.step_pipeline import LandedRow, StepEngine
 from kvbaton.kvtransfer.messages import HandoffCommands
@@ -193,3 +193,26 @@ class Worker:
     def _end_all(self, endings: Iterable[Ending]) -> None:
         for ending in endings:
             self._end(ending)
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitCheck:
+    """What an engine refuses when it is submitted, before it costs anything.
+
+    `max_tokens` bounds prompt and completion, `max_requests` those that wait or run.
+    """
+
+    max_tokens: int
+    vocab_size: int
+    max_requests: int
+
+    def refusal(self, request: Request, num_requests: int) -> str | None:
+        """Why the engine will not take `request` beside the `num_requests` that it has; None if it does."""
+        tokens = len(request.context)
+        if not 0 < tokens < self.max_tokens:
+            return f"prompt of {tokens} tokens; this engine takes 1 to {self.max_tokens - 1}"
+        if not 0 <= min(request.context) <= max(request.context) < self.vocab_size:
+            return f"token id out of vocabulary (0 to {self.vocab_size - 1})"
+        if num_requests >= self.max_requests:
+            return f"engine queue is full ({num_requests} requests)"
+        return None

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from kvbaton.cluster.client.client import ClientCounters, ClusterClient
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState
-from kvbaton.router.engine_view import EngineView
+from kvbaton.router.placement import EngineView
 
 Family = GaugeMetricFamily | CounterMetricFamily
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from kvbaton.cluster.host.submit_check import SubmitCheck
+from kvbaton.cluster.host.worker import SubmitCheck
 from kvbaton.engine.orders import Abort, LegKind, Submit, Submitted
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.kvtransfer.messages import Failed, Landing, Offered

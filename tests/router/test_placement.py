@@ -9,11 +9,11 @@ import pytest
 from msgspec import structs
 
 from kvbaton.router.engine_info import EngineLoad, Role
-from kvbaton.router.engine_view import EngineView
 from kvbaton.router.placement import (
     Candidate,
     Decision,
     Demand,
+    EngineView,
     Local,
     Pair,
     Refused,

@@ -10,8 +10,7 @@ import pytest
 from kvbaton.engine.block_hash import block_hashes
 from kvbaton.engine.request import Request
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
-from kvbaton.router.engine_view import EngineView
-from kvbaton.router.placement import Local, Pair, Refused, RouterConfig, Unavailable
+from kvbaton.router.placement import EngineView, Local, Pair, Refused, RouterConfig, Unavailable
 from kvbaton.router.router import Booking, Router
 from support.session_support import make_info, make_request
 
