@@ -4,7 +4,7 @@
     submit, migrate       an attempt begins: booked with the router, noted here, sent to its engines
     end                   it is over for all of its samples: forgotten here, its booking released
 
-Dispatch and migrations both stand on it. Whoever ends an attempt says so to its engines first (`Attempt.abort`).
+Dispatch and migrations both stand on it. Whoever ends an attempt tells its engines first (`Attempt.abort`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Attempts:
         self._sessions[session.info.engine_id] = session
 
     def lost(self, session: EngineSession) -> None:
-        """Nothing is submitted there any more; what was has to be ended by whoever began it."""
+        """Submit nothing there any more. Attempts that depend on it are for the caller to end."""
         if self._sessions.get(session.info.engine_id) is session:
             del self._sessions[session.info.engine_id]
 
@@ -83,12 +83,12 @@ class Attempts:
         return attempt
 
     def first_token(self, attempt: Attempt) -> None:
-        """Its prompt is computed. May be said more than once."""
+        """Its prompt is computed. May be called more than once."""
         if attempt.booking.prefilling:
             self._router.first_token(attempt.booking)
 
     def end(self, attempt: Attempt) -> None:
-        """Forget it, wherever it stands. May be said more than once."""
+        """Forget it, wherever it stands. May be called more than once."""
         self._by_id.pop(attempt.request.request_id, None)
         self._router.release(attempt.booking)
         for sample in attempt.live.samples.values():

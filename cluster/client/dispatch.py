@@ -119,7 +119,7 @@ class Dispatch:
             live.wake()
 
     def notice(self, session: EngineSession, notice: Notice) -> None:
-        """An engine's word about a migration, or its wish for one."""
+        """An engine tells how a migration ended, or asks for one."""
         if isinstance(notice, Migrated):
             self._carry_out(self._migrations.told(session, notice))
             return
@@ -168,7 +168,7 @@ class Dispatch:
         return reason
 
     def _carry_out(self, follows: TakenOver | Recompute | None) -> None:
-        """What follows for a sample from a word about its migration."""
+        """Do what the outcome of a migration demands for its sample."""
         if isinstance(follows, TakenOver):
             target = follows.target
             for output in follows.outputs:

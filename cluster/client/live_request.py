@@ -140,7 +140,7 @@ class ClientMigration:
 
 @dataclass(slots=True)
 class Sample:
-    """Tokens of one sample so far. `attempt` is who makes the next, None while nobody does."""
+    """Tokens of one sample so far. `attempt` makes the next one; None while none does."""
 
     tokens: list[int] = field(default_factory=list)
     done: bool = False
@@ -222,7 +222,7 @@ class LiveRequest:
             return None
         if output.finish in _FAILURES:
             if output.sample not in attempt.needing(session):
-                return None  # prefill's word about a hand-off that decode has completed
+                return None  # prefill complains of a hand-off that decode has completed
             return f"engine {session.info.engine_id}: {output.error or output.finish}"
         if session is attempt.second and attempt.paired and output.index > attempt.base:
             attempt.decoding = True

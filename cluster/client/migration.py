@@ -119,7 +119,7 @@ class ClientMigrations:
         return found
 
     def output(self, target: Attempt, output: TokenOutput) -> TakenOver | None:
-        """A word of a target whose sample is not its own yet."""
+        """An output of a target that does not own its sample yet."""
         migration = self._open.get(target.request.request_id)
         if migration is None:
             return None
@@ -135,7 +135,7 @@ class ClientMigrations:
         return None
 
     def told(self, session: EngineSession, migrated: Migrated) -> TakenOver | Recompute | None:
-        """A source's last word about a migration."""
+        """A source tells how a migration ended."""
         migration = self._open.get(migrated.new_id)
         if (
             migration is None

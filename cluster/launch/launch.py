@@ -111,8 +111,8 @@ def _start_base(config: ClusterConfig, run_dir: Path, screen: Screen, stack: Exi
 
 @contextmanager
 def _own_port(config: ClusterConfig) -> Iterator[ClusterConfig]:
-    """The configuration with the endpoint's port, on which no other launch of this machine starts meanwhile. Port 0
-    asks for any that is free."""
+    """The configuration with its endpoint's port, claimed against other launches of this machine in the meantime. Port
+    0 asks for any that is free."""
     with closing(PortClaims()) as claims:
         if config.http.port == 0:
             config = replace(config, http=replace(config.http, port=claims.free(1)[0]))

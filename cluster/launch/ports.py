@@ -19,7 +19,7 @@ import psutil
 from kvbaton.cluster.config.cluster_config import HttpConfig
 from kvbaton.settings import ConfigError
 
-# Below the kernel's ephemeral range, and outside those from which Ray takes its own: nobody is given one by chance.
+# Below the kernel's ephemeral range, and outside those that Ray takes its own from: nobody is handed one by chance.
 _PORTS = range(20000, 30000)
 _PEER = struct.Struct("3i")  # pid, uid, gid
 

@@ -57,7 +57,7 @@ def check_launch(config: ClusterConfig) -> Preflight:
     num_gpus = 0 if config.hosting.device == "cpu" or joined else count_gpus()
     device = config.hosting.device if joined else resolve_device(config, num_gpus)
     if device == "auto":
-        raise ConfigError("ray.address needs --device cpu or --device cuda: this machine's GPUs say nothing of others")
+        raise ConfigError("ray.address needs --device cpu or --device cuda: this machine's GPUs say nothing of others'")
     check_checksum(config.transfer, device)
     if not joined:
         check_port(config.http)
@@ -67,7 +67,7 @@ def check_launch(config: ClusterConfig) -> Preflight:
 
 
 def check_model(config: EngineConfig) -> ModelConfig:
-    """Raise `ConfigError` for what is wrong with the model's files, as far as small reads tell."""
+    """Raise `ConfigError` for what is wrong with the model's files, as far as reading their headers tells."""
     if config.model == EngineConfig().model and not config.model.exists():
         raise ConfigError(
             f"no model is named, and {config.model} does not exist: --model FOLDER, or make a tiny one first: "

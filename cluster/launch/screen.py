@@ -43,7 +43,7 @@ class Screen:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
-        self.console.file = self.console.file  # pins the stream of this moment: later prints may be sent elsewhere
+        self.console.file = self.console.file  # pins the present stream: standard output may be redirected later
 
     def line(self, text: str = "") -> None:
         self.console.print(text, markup=False, soft_wrap=True)

@@ -3,8 +3,8 @@
 HAProxy sends each connection straight to a replica's own HTTP server. A client that leaves does not cancel work in an
 engine by itself: the response generator's end does, through the session plane.
 
-The end: every replica is told how long its responses have, and tells those clients whose time is over. Serve, which
-would cut them without a word, waits a little longer.
+Shutdown: every replica is told how much time its responses have left, and ends those that run out of it with an error.
+Serve, which would cut them without a word, waits a little longer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP of a launcher: the first ends what it does, one more ends it by force."""
+"""Ctrl-C, SIGTERM and SIGHUP to a launcher: the first one stops it in order, one more stops it by force."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def catch(self) -> None:
-        """Needed once more after `ray.init`, which puts a handler of its own there."""
+        """Needed once more after `ray.init`, which installs its own handlers."""
         _install(self._interrupt)
         self._raise()
 

@@ -60,7 +60,7 @@ class ManagerSpec:
 
 
 def _log_to_stderr(level: str) -> None:
-    """Ray keeps an actor's stderr in a file of its own."""
+    """Ray keeps a file with the stderr of each actor."""
     logging.basicConfig(level=level.upper(), format=_LOG_FORMAT)
 
 
@@ -201,7 +201,7 @@ class RayEngine:
             await asyncio.wait((running, silent), return_when=asyncio.FIRST_COMPLETED)
             if running.done():
                 return running.result()
-            ray.kill(self._actor)  # it hangs: asking it to stop would wait for ever
+            ray.kill(self._actor)  # it hangs: it would not answer a request to stop
             return "no heartbeat"
         finally:
             running.cancel()

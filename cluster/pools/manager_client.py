@@ -1,4 +1,5 @@
-"""The launcher's hand on the manager actor: start it, follow its views, stop it. Blocking calls, on the main thread."""
+"""What the launcher does with the manager actor: start it, follow its views, stop it. Its calls
+block; they are for the main thread."""
 
 from __future__ import annotations
 

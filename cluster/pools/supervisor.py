@@ -3,8 +3,8 @@
     STARTING ──ready──> READY ──dies──> DEAD ──wait──> STARTING (generation + 1)
         └────────────fails to start──────^
 
-The first replacement comes at once; one that fails again waits, twice as long each time up to a limit. An engine that
-has been up for a while starts from the beginning of that row.
+The first replacement comes at once; after each further failure the next one waits, twice as long each time up to a
+limit. Once an engine has been up for a while, its failures are counted from the beginning.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Restarts:
         self.failures += 1
 
     def died(self) -> None:
-        """An engine that was up for long enough begins the row of waits anew."""
+        """The death of an engine that was up for long enough counts as a first one."""
         stable = self._clock.now() - self._up_since >= self._backoff.stable_s
         self.failures = 1 if stable else self.failures + 1
 

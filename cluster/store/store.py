@@ -74,7 +74,7 @@ class Store(Protocol):
         ...
 
     async def increment(self, key: str) -> int:
-        """Count a key up by one, from 0; returns the new number, which nobody else gets."""
+        """Increase a counter by one, from 0; returns the new number, which nobody else gets."""
         ...
 
     async def append(self, stream: str, value: bytes, max_events: int, ttl_s: float | None = None) -> int:
