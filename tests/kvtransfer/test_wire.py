@@ -10,6 +10,7 @@ import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from kvbaton.kvtransfer.codec import WireError, pack
 from kvbaton.kvtransfer.messages import Cause, PeerAddress
@@ -17,7 +18,9 @@ from kvbaton.kvtransfer.wire import (
     BLOCK_TAG,
     AckMessage,
     BlocksMessage,
+    CancelMessage,
     DoneMessage,
+    FailMessage,
     Frame,
     FrameNumbers,
     GrantMessage,
@@ -190,3 +193,10 @@ class TestFrameNumbers:
     def test_before_the_handshake_nobody_is_heard(self) -> None:
         with pytest.raises(WireError, match="session is with None"):
             end(D).unpack(end(P).pack(SEQUENCE[0], D), None)
+
+    @pytest.mark.parametrize(
+        "message", [CancelMessage(HANDLE, "x" * 2000, Cause.FINISHED), FailMessage(HANDLE, "x" * 2000)]
+    )
+    def test_a_reason_that_is_too_long_is_cut(self, message: CancelMessage | FailMessage) -> None:
+        heard = end(D).unpack(end(P).pack(message, D), P)
+        assert heard == structs.replace(message, reason="x" * 1024)

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import msgpack
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec import Struct
 
 from kvbaton.cluster.store import prefix_feed
-from kvbaton.cluster.store.prefix_feed import PrefixFollower, PrefixPublisher, decode_events, encode_events
+from kvbaton.cluster.store.prefix_feed import (
+    EventBatch,
+    PrefixFollower,
+    PrefixPublisher,
+    SnapshotEntry,
+    decode_events,
+    decode_snapshot,
+    encode_events,
+    encode_snapshot,
+)
 from kvbaton.cluster.store.store import MemoryStore, StoreUnavailable, StreamReset
 from kvbaton.engine.block_hash import block_hashes
-from kvbaton.engine.kv.kv_manager import CacheEvent, CacheEventKind, KVManager
-from kvbaton.kvtransfer.codec import WireError
+from kvbaton.engine.kv.kv_manager import CacheEvent, CacheEventKind, CacheSnapshot, KVManager
+from kvbaton.kvtransfer.codec import WireError, parts_of
 from kvbaton.router.engine_info import EngineInfo, EngineState, Role
 from kvbaton.router.prefix_index import PrefixIndex
+from support.wire_cases import UNPACKABLE, Wrong, sample, wrong
 
 ENGINE = EngineInfo("e0", 3, Role.PREFILL, EngineState.READY, "127.0.0.1", 1, 2, "m", 4096, 4, 64)
 
@@ -219,11 +234,67 @@ async def test_a_hostile_batch_is_passed_over(caplog: pytest.LogCaptureFixture) 
     assert held(index, [prompt]) == [3]
 
 
-async def test_hostile_values_are_refused() -> None:
-    for value in (b"", b"\xc1", b"\x93\x01\xc4\x01\x01\xc4\x03abc", b"\x80", encode_events_of(3)[:-1]):
+HASHES = {"hashes": b"h" * 32}
+DECODERS = {EventBatch: decode_events, SnapshotEntry: decode_snapshot}
+
+
+def broken_values() -> Iterator[Any]:
+    for kind in DECODERS:
+        for case in wrong(kind, HASHES | {"kinds": b"\x01\x00"}):
+            yield pytest.param(kind, case, id=f"{kind.__name__}: {case.label}")
+
+
+@pytest.mark.parametrize(("kind", "case"), list(broken_values()))
+def test_each_wrong_field_of_a_value_is_refused_by_name(kind: type[Struct], case: Wrong) -> None:
+    with pytest.raises(WireError) as refused:
+        DECODERS[kind](msgpack.packb(case.parts))
+    assert any(name in str(refused.value) for name in case.names)
+
+
+@pytest.mark.parametrize("alien", UNPACKABLE, ids=repr)
+@pytest.mark.parametrize("kind", DECODERS, ids=lambda kind: kind.__name__)
+def test_a_map_or_an_extension_type_is_refused_in_every_field(kind: type[Struct], alien: object) -> None:
+    good = parts_of(sample(kind, HASHES))
+    for at in range(len(good)):
+        with pytest.raises(WireError, match="not msgpack"):
+            DECODERS[kind](msgpack.packb([*good[:at], alien, *good[at + 1 :]], datetime=True))
+
+
+@given(
+    st.integers(0, 1 << 62), st.lists(st.tuples(st.sampled_from(CacheEventKind), st.binary(min_size=16, max_size=16)))
+)
+def test_every_batch_comes_back_equal(first: int, changes: list[tuple[CacheEventKind, bytes]]) -> None:
+    events = [CacheEvent(first + i, kind, block_hash) for i, (kind, block_hash) in enumerate(changes)]
+    assert decode_events(encode_events(first, events)) == (first, events)
+
+
+@given(st.integers(0, 1 << 62), st.lists(st.binary(min_size=16, max_size=16)).map(tuple))
+def test_every_snapshot_comes_back_equal(number: int, hashes: tuple[bytes, ...]) -> None:
+    snapshot = CacheSnapshot(number, hashes)
+    assert decode_snapshot(encode_snapshot(snapshot)) == snapshot
+
+
+@pytest.mark.parametrize("value", [b"", b"\xc1", b"\x93\x01\xc4\x01\x01\xc4\x03abc", b"\x80"])
+def test_hostile_values_are_refused(value: bytes) -> None:
+    for read in DECODERS.values():
         with pytest.raises(WireError):
-            decode_events(value)
+            read(value)
+
+
+def test_a_batch_needs_a_whole_hash_for_each_kind() -> None:
     assert [event.number for event in decode_events(encode_events_of(3))[1]] == [7, 8, 9]
+    for kinds, hashes in ((3, 31), (3, 32), (1, 32), (0, 16)):
+        with pytest.raises(WireError, match="hashes"):
+            decode_events(msgpack.packb([7, bytes(kinds), bytes(hashes)]))
+    with pytest.raises(WireError, match="hashes"):
+        decode_snapshot(msgpack.packb([7, bytes(17)]))
+
+
+@given(st.binary(max_size=60))
+def test_random_bytes_are_refused_or_a_value(data: bytes) -> None:
+    for read in DECODERS.values():
+        with contextlib.suppress(WireError):
+            read(data)
 
 
 def encode_events_of(count: int) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import msgpack
 import pytest
@@ -12,14 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbaton.cluster.store.redis_store import RedisStore
-from kvbaton.cluster.store.registry import Membership, Registration, decode_entry, encode_entry
+from kvbaton.cluster.store.registry import EngineEntry, Membership, Registration, decode_entry, encode_entry
 from kvbaton.cluster.store.store import MemoryStore, StoreUnavailable
 from kvbaton.cluster.store.valkey import EmbeddedValkey
-from kvbaton.kvtransfer.codec import WireError
+from kvbaton.kvtransfer.codec import WireError, pack, parts_of
 from kvbaton.router.engine_info import EngineInfo, EngineState, Role
 from support.client_support import eventually
 from support.pool_support import settle
 from support.session_support import make_info
+from support.wire_cases import UNPACKABLE, Wrong, legal, sample, wrong
 
 
 class Clock:
@@ -69,12 +70,37 @@ def test_entry_round_trip_keeps_every_field() -> None:
     assert decode_entry(encode_entry(info, 9)) == (info, 9)
 
 
-@pytest.mark.parametrize("field", range(13))
-def test_entry_with_a_wrong_field_is_refused(field: int) -> None:
-    values = msgpack.unpackb(encode_entry(make_info(), 1))
-    values[field] = 1.5
-    with pytest.raises(WireError):
-        decode_entry(msgpack.packb(values))
+@given(legal(EngineEntry, {}))
+def test_every_entry_comes_back_equal(entry: EngineEntry) -> None:
+    info, beat = decode_entry(pack(entry))
+    assert decode_entry(encode_entry(info, beat)) == (info, beat)
+    assert encode_entry(info, beat) == pack(entry)
+
+
+def test_an_entry_has_every_field_of_an_engine_in_order() -> None:
+    assert EngineEntry.__struct_fields__ == ("beat", *(field.name for field in fields(EngineInfo)))
+
+
+@pytest.mark.parametrize("case", wrong(EngineEntry, {}), ids=lambda case: case.label)
+def test_each_wrong_field_of_an_entry_is_refused_by_name(case: Wrong) -> None:
+    with pytest.raises(WireError) as refused:
+        decode_entry(msgpack.packb(case.parts))
+    assert any(name in str(refused.value) for name in case.names)
+
+
+@pytest.mark.parametrize("alien", UNPACKABLE, ids=repr)
+@pytest.mark.parametrize("at", range(len(EngineEntry.__struct_fields__)))
+def test_a_map_or_an_extension_type_is_refused_in_every_field(at: int, alien: object) -> None:
+    parts = parts_of(sample(EngineEntry, {}))
+    parts[at] = alien
+    with pytest.raises(WireError, match="not msgpack"):
+        decode_entry(msgpack.packb(parts, datetime=True))
+
+
+def test_a_reason_that_is_too_long_is_cut() -> None:
+    """Guards an engine that nobody lists because its last words are long."""
+    info = make_info("e", reason="x" * 10_000)
+    assert decode_entry(encode_entry(info, 1))[0].reason == "x" * 4096
 
 
 @given(st.binary(max_size=60))
