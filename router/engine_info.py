@@ -44,8 +44,8 @@ class EngineInfo:
     max_model_len: int
     block_size: int
     num_blocks: int
+    prefill_chunk_tokens: int
     reason: str = ""
-    prefill_chunk_tokens: int = 512
 
 
 class EngineLoad(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -61,8 +61,8 @@ class EngineEntry(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
     max_model_len: Natural
     block_size: Natural
     num_blocks: Natural
-    reason: _Text
     prefill_chunk_tokens: Natural
+    reason: _Text
 
 
 def encode_entry(info: EngineInfo, beat: int) -> bytes:

@@ -78,6 +78,7 @@ class ScriptedEngine:
             max_model_len=64,
             block_size=16,
             num_blocks=8,
+            prefill_chunk_tokens=512,
         )
 
     async def set_role(self, role: Role) -> None:

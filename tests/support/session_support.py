@@ -29,6 +29,7 @@ def make_info(engine_id: str = "e1", port: int = 1, **changes: object) -> Engine
         "max_model_len": 4096,
         "block_size": 16,
         "num_blocks": 1000,
+        "prefill_chunk_tokens": 512,
     }
     return EngineInfo(**(values | changes))  # type: ignore[arg-type]
 

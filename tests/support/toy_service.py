@@ -122,7 +122,18 @@ class ToyService:
         self.nodes[name] = node
         address = node.address
         info = EngineInfo(
-            name, address.generation, role, EngineState.READY, "h", 1, address.port, "toy", 4096, BLOCK_SIZE, blocks
+            name,
+            address.generation,
+            role,
+            EngineState.READY,
+            "h",
+            1,
+            address.port,
+            "toy",
+            4096,
+            BLOCK_SIZE,
+            blocks,
+            512,
         )
         self._connect(node, replace(info, host=address.host))
         return node
