@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from kvbaton.cluster.client.live_request import Attempt, LiveRequest, TokenGap, resume_request
 from kvbaton.engine.request import FinishReason, Request, TokenOutput
@@ -176,7 +177,7 @@ async def test_tokens_that_came_are_read_before_the_error() -> None:
 
 async def test_a_resumed_sample_goes_on_where_its_tokens_end() -> None:
     request = make_request("r1", n=3)
-    pair = Pair(replace(request, sampling=replace(request.sampling, prompt_logprobs=1)))
+    pair = Pair(replace(request, sampling=structs.replace(request.sampling, prompt_logprobs=1)))
     pair.prefill(0, sample=2)
     pair.decode(1, sample=2)
     pair.live.epoch = 4
