@@ -4,8 +4,8 @@ begin ──> place ──> submit to both legs ──> take outputs ──> don
             ^                                   │
             └── fail: abort, resume each unfinished sample with what it has; parked while there is no engine
 
-An output of a sample that migrates, and what an engine says of a migration, goes to `ClientMigrations`, whose answer is
-carried out here. A request ends by `end` whatever the reason is: both legs of each attempt are told.
+An output of a sample that migrates, and what an engine says of a migration, goes to `ClientMigrations`; what its answer
+demands for the sample is done here. A request ends by `end` whatever the reason is: both legs of each attempt are told.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import partial
 from kvbaton.cluster.client.api import DeadlineExceeded, EngineLost, NoEngines, Overloaded, ServiceError
 from kvbaton.cluster.client.attempts import Attempts
 from kvbaton.cluster.client.live_request import Attempt, EngineSession, LiveRequest, Timers, TokenGap, resume_request
-from kvbaton.cluster.client.migration import ClientMigrations, Recompute, TakenOver
+from kvbaton.cluster.client.migration import ClientMigrations, Recompute
 from kvbaton.cluster.client.settings import ClientConfig, ClientCounters
 from kvbaton.cluster.session.client import SessionLost
 from kvbaton.engine.orders import Migrated, Notice
@@ -62,7 +62,7 @@ class Dispatch:
             raise NoEngines(decision.reason)
         if request.timeout_s is not None:
             live.deadline_s = self._timers.now() + request.timeout_s
-            live.deadline_timer = self._timers.call_later(request.timeout_s, partial(self._time_is_up, live))
+            live.cancel_deadline = self._timers.call_later(request.timeout_s, partial(self._time_is_up, live))
         try:
             self._submit(live, request, decision)
         except SessionLost as error:
@@ -109,7 +109,7 @@ class Dispatch:
                 continue
             touched[id(attempt.live)] = attempt.live
             if attempt.standby:
-                self._carry_out(self._migrations.output(attempt, output))
+                self._take_all(attempt, self._migrations.output(attempt, output))
                 continue
             reason = self._take(attempt, session, output)
             if reason is not None:
@@ -121,7 +121,12 @@ class Dispatch:
     def notice(self, session: EngineSession, notice: Notice) -> None:
         """An engine tells how a migration ended, or asks for one."""
         if isinstance(notice, Migrated):
-            self._carry_out(self._migrations.told(session, notice))
+            target = self._attempts.get(notice.new_id)
+            outcome = self._migrations.told(session, notice)
+            if isinstance(outcome, Recompute):
+                self._recompute(outcome)
+            elif target is not None:
+                self._take_all(target, outcome)
             return
         attempt = self._attempts.get(notice.request_id)
         if attempt is not None and attempt.second is session and not attempt.standby:
@@ -130,7 +135,7 @@ class Dispatch:
     def drain(self, session: EngineSession) -> None:
         """The engine drains: have some of what decodes there go on elsewhere. Called with each of its frames."""
         for stuck in self._migrations.drain(session):
-            self._carry_out(stuck)
+            self._recompute(stuck)
 
     def lost(self, session: EngineSession, reason: str) -> None:
         """Resume what depended on this engine."""
@@ -167,19 +172,19 @@ class Dispatch:
             self._sample_done(attempt, output.sample)
         return reason
 
-    def _carry_out(self, follows: TakenOver | Recompute | None) -> None:
-        """Do what the outcome of a migration demands for its sample."""
-        if isinstance(follows, TakenOver):
-            target = follows.target
-            for output in follows.outputs:
-                reason = self._take(target, target.second, output)
-                if reason is not None:
-                    self._settle_failures([(target, output.sample, reason)])
-            target.live.wake()
-        elif follows is not None:
-            attempt = follows.attempt
-            attempt.live.resumes -= not follows.counted
-            self._fail(attempt, {follows.sample}, follows.reason, frozenset((attempt.second.info.engine_id,)))
+    def _take_all(self, target: Attempt, outputs: list[TokenOutput]) -> None:
+        """Take those of a target's outputs that are its sample's now."""
+        for output in outputs:
+            reason = self._take(target, target.second, output)
+            if reason is not None:
+                self._settle_failures([(target, output.sample, reason)])
+        target.live.wake()
+
+    def _recompute(self, lost: Recompute) -> None:
+        """Resume a sample that its migration has cost its engine."""
+        lost.attempt.live.resumes -= not lost.counted
+        engines = frozenset((lost.attempt.second.info.engine_id,))
+        self._fail(lost.attempt, {lost.sample}, lost.reason, engines)
 
     def _sample_done(self, attempt: Attempt, sample: int) -> None:
         """With its last sample an attempt is over; a decode leg that never got to decode is told."""
@@ -244,11 +249,11 @@ class Dispatch:
     def _park(self, live: LiveRequest, index: int) -> None:
         live.parked.append(index)
         self._parked[id(live)] = live
-        if live.park_timer is None:
-            live.park_timer = self._timers.call_later(self._config.park_s, partial(self._park_over, live))
+        if live.cancel_park is None:
+            live.cancel_park = self._timers.call_later(self._config.park_s, partial(self._park_over, live))
 
     def _park_over(self, live: LiveRequest) -> None:
-        live.park_timer = None
+        live.cancel_park = None
         if live.parked:
             self._give_up(live, f"no engine came within {self._config.park_s:g} s")
 

@@ -47,18 +47,14 @@ class EngineSession(Protocol):
         ...
 
 
-class Timer(Protocol):
-    """A call to come, until it is made or cancelled."""
-
-    def cancel(self) -> None: ...
-
-
 class Timers(Protocol):
     """Time in seconds, and calls at a later time: the event loop's, or moved by a test."""
 
     def now(self) -> float: ...
 
-    def call_later(self, delay_s: float, call: Callable[[], None]) -> Timer: ...
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]:
+        """Returns what cancels it."""
+        ...
 
 
 class LoopTimers:
@@ -67,8 +63,8 @@ class LoopTimers:
     def now(self) -> float:
         return asyncio.get_running_loop().time()
 
-    def call_later(self, delay_s: float, call: Callable[[], None]) -> Timer:
-        return asyncio.get_running_loop().call_later(delay_s, call)
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]:
+        return asyncio.get_running_loop().call_later(delay_s, call).cancel
 
 
 class TokenGap(RuntimeError):
@@ -191,9 +187,9 @@ class LiveRequest:
         self.resumes = 0
         self.last_reason = ""  # of a failure, for the message of the error if there is no further try
         self.parked: list[int] = []  # samples that wait for an engine to come
-        self.park_timer: Timer | None = None
+        self.cancel_park: Callable[[], None] | None = None  # the end of their wait
         self.deadline_s: float | None = None  # when the request's time is up, on the clock of `Timers`
-        self.deadline_timer: Timer | None = None
+        self.cancel_deadline: Callable[[], None] | None = None
         self._ready: list[TokenOutput] = []
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
@@ -210,10 +206,10 @@ class LiveRequest:
         return list(found.values())
 
     def cancel_timers(self) -> None:
-        for timer in (self.park_timer, self.deadline_timer):
-            if timer is not None:
-                timer.cancel()
-        self.park_timer = self.deadline_timer = None
+        for cancel in (self.cancel_park, self.cancel_deadline):
+            if cancel is not None:
+                cancel()
+        self.cancel_park = self.cancel_deadline = None
 
     def accept(self, attempt: Attempt, session: EngineSession, output: TokenOutput) -> str | None:
         """Take one output of an attempt. Returns why the sample has to be resumed, if it has to. Raises `TokenGap`."""

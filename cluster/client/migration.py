@@ -7,7 +7,7 @@
       the source is lost, or the sample ends                                both legs end; a lost one is resumed
 
 The target's tokens may overtake the source's last ones, which come over another connection: they wait. What follows for
-a sample is returned, as `TakenOver` or `Recompute`, and done by the caller.
+a sample is returned, as outputs to take or as `Recompute`, and done by the caller.
 """
 
 from __future__ import annotations
@@ -41,14 +41,6 @@ _MAX_TRIES = 4
 
 class MigrationRefused(RuntimeError):
     """A sample that cannot be migrated now, and why."""
-
-
-@dataclass(frozen=True, slots=True)
-class TakenOver:
-    """The sample is the target's; these of its outputs have come, in order."""
-
-    target: Attempt
-    outputs: tuple[TokenOutput, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,40 +110,40 @@ class ClientMigrations:
             raise MigrationRefused("no other engine" if to is None else f"no engine {to}")
         return found
 
-    def output(self, target: Attempt, output: TokenOutput) -> TakenOver | None:
-        """An output of a target that does not own its sample yet."""
+    def output(self, target: Attempt, output: TokenOutput) -> list[TokenOutput]:
+        """An output of a target that does not own its sample yet. Returned once it does."""
         migration = self._open.get(target.request.request_id)
         if migration is None:
-            return None
+            return []
         if output.finish in (FinishReason.ERROR, FinishReason.ABORT):
             self._target_lost(migration, output.error or str(output.finish))
-            return None
+            return []
         expected = len(target.live.samples[migration.sample].tokens)
         if output.index == expected:
             self._switch(migration, tell_source=True)
-            return TakenOver(target, (output,))
+            return [output]
         if output.index > expected and (not migration.ahead or output.index == migration.ahead[-1].index + 1):
             migration.ahead.append(output)
-        return None
+        return []
 
-    def told(self, session: EngineSession, migrated: Migrated) -> TakenOver | Recompute | None:
-        """A source tells how a migration ended."""
+    def told(self, session: EngineSession, migrated: Migrated) -> list[TokenOutput] | Recompute:
+        """A source tells how a migration ended. Returns the outputs of the target that waited for this."""
         migration = self._open.get(migrated.new_id)
         if (
             migration is None
             or migration.source.second is not session
             or migration.target.request.epoch != migrated.new_epoch
         ):
-            return None
+            return []
         if migrated.refusal is not None:
             self._end(migration, migration.target_lost or migrated.refusal)
-            return None
+            return []
         if migration.target_lost is not None:
             reason = f"migrated to {migration.target.second.info.engine_id}, which was lost"
             self._end(migration, reason)
             return Recompute(migration.source, migration.sample, reason, counted=True)
         self._switch(migration, tell_source=False)
-        return TakenOver(migration.target, tuple(migration.ahead))
+        return migration.ahead
 
     def lost(self, session: EngineSession) -> None:
         """A connection is gone, and with it the targets there."""

@@ -71,9 +71,9 @@ class HandTimers:
     def now(self) -> float:
         return self._now_s
 
-    def call_later(self, delay_s: float, call: Callable[[], None]) -> HandTimer:
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> Callable[[], None]:
         self._timers.append(HandTimer(self._now_s + delay_s, call))
-        return self._timers[-1]
+        return self._timers[-1].cancel
 
     @property
     def pending(self) -> int:
