@@ -45,6 +45,29 @@ TORCH_FREE = (
 )
 MAX_FILE_LINES = 420
 MAX_FUNCTION_LINES = 60
+# Room (a sub-folder of cluster/ or engine/, or the files beside them) -> the rooms of its component that it imports.
+# The test wants exactly these: a new arrow is a decision, and one that nobody needs any more goes.
+ROOMS: dict[str, frozenset[str]] = {
+    "cluster": frozenset({"cluster.bench", "cluster.config", "cluster.launch"}),
+    "cluster.bench": frozenset(),
+    "cluster.client": frozenset({"cluster.session", "cluster.store"}),
+    "cluster.config": frozenset({"cluster.client", "cluster.http"}),
+    "cluster.host": frozenset({"cluster.session", "cluster.store"}),
+    "cluster.http": frozenset({"cluster.client"}),
+    "cluster.ingress": frozenset({"cluster.client", "cluster.config", "cluster.http", "cluster.store"}),
+    "cluster.launch": frozenset(
+        {"cluster.config", "cluster.host", "cluster.ingress", "cluster.pools", "cluster.store"}
+    ),
+    "cluster.pools": frozenset({"cluster.config", "cluster.host", "cluster.store"}),
+    "cluster.session": frozenset(),
+    "cluster.store": frozenset(),
+    "engine.kv": frozenset(),
+    "engine.model": frozenset(),
+    "engine.sampling": frozenset(),
+    "engine.text": frozenset(),
+}
+# What engine's rooms may use of the files beside them: values, below everything else.
+ENGINE_GROUND = frozenset({"engine.batch", "engine.block_hash", "engine.config", "engine.request", "engine.sequence"})
 MAX_PARAMETERS = 8
 
 
@@ -95,6 +118,56 @@ def _allowed(component: str, rest: str) -> bool:
     if len(parts) == 1:  # `from kvbaton.engine import request` is judged with the name that follows
         return any(allowed.startswith(f"{parts[0]}.") for allowed in ALLOWED[component])
     return ".".join(parts[:2]) in ALLOWED[component]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def room_of(module: str) -> str:
+    """`cluster.session` of `cluster.session.wire`; the component of a file beside the rooms."""
+    return module.rpartition(".")[0]
+
+
+def import_graph(sources: dict[str, str]) -> dict[str, frozenset[str]]:
+    """Module -> the modules of `sources` that it imports, at its top, in functions, or for type checks."""
+    graph = {}
+    for module, source in sources.items():
+        names = {name.removeprefix("kvbaton.") for name in _imported_names(source)}
+        graph[module] = frozenset(name for name in names if name in sources and name != module)
+    return graph
+
+
+def _imported_names(source: str) -> Iterator[str]:
+    """What could be a module: `a.b` and `a.b.c` for `from a.b import c`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def import_circles(graph: dict[str, frozenset[str]]) -> list[list[str]]:
+    """Groups of modules that import each other, by taking away, again and again, what imports nothing that is left."""
+    left = dict(graph)
+    while free := [module for module, targets in left.items() if not targets & left.keys()]:
+        for module in free:
+            del left[module]
+    while users := [module for module in left if not any(module in targets for targets in left.values())]:
+        for module in users:
+            del left[module]
+    return [sorted(left)] if left else []
+
+
+def room_arrows(graph: dict[str, frozenset[str]], component: str) -> dict[str, frozenset[str]]:
+    """Room -> the other rooms of its component that its files import."""
+    arrows: dict[str, set[str]] = {}
+    for module, targets in graph.items():
+        if module.startswith(f"{component}."):
+            mine = arrows.setdefault(room_of(module), set())
+            mine |= {room_of(target) for target in targets if target.startswith(f"{component}.")} - {room_of(module)}
+    return {room: frozenset(found) for room, found in arrows.items()}
 
 
 def ray_actor_lines(source: str) -> list[int]:
@@ -174,6 +247,9 @@ def _files(component: str) -> list[Path]:
 ALL_FILES = [path for component in COMPONENTS for path in _files(component)]
 
 
+GRAPH = import_graph({module_name(path): path.read_text() for path in ALL_FILES})
+
+
 def _per_file(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -187,6 +263,39 @@ def test_every_component_has_files() -> None:
 def test_imports_follow_the_arrows(path: Path) -> None:
     component = path.relative_to(ROOT).parts[0]
     assert forbidden_arrows(component, path.read_text()) == []
+
+
+def test_no_file_imports_itself_by_a_detour() -> None:
+    """Guards a reading order: of two files that import each other neither can be understood, or tested, first."""
+    assert import_circles(GRAPH) == []
+
+
+def test_rooms_of_cluster_have_just_these_arrows() -> None:
+    rooms = {room: targets for room, targets in ROOMS.items() if room.split(".")[0] == "cluster"}
+    assert room_arrows(GRAPH, "cluster") == rooms
+    assert import_circles(rooms) == [], "two rooms that need each other are one"
+
+
+def test_rooms_of_engine_stand_on_values_alone() -> None:
+    """The files beside engine's rooms are its ground (values) and its top (what computes with all rooms)."""
+    arrows = room_arrows(GRAPH, "engine")
+    del arrows["engine"]
+    wanted = {room: targets for room, targets in ROOMS.items() if room.split(".")[0] == "engine"}
+    assert {room: targets - {"engine"} for room, targets in arrows.items()} == wanted
+    used = {target for module, targets in GRAPH.items() if room_of(module) in wanted for target in targets}
+    assert {target for target in used if room_of(target) == "engine"} <= ENGINE_GROUND
+    below = {target for module in ENGINE_GROUND for target in GRAPH[module] if target.startswith("engine.")}
+    assert below <= ENGINE_GROUND
+
+
+def test_a_class_name_exists_once() -> None:
+    """Guards a newcomer's search: two classes of one name are one concept written twice, or two that need names."""
+    where: dict[str, list[str]] = {}
+    for path in ALL_FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                where.setdefault(node.name, []).append(_per_file(path))
+    assert {name: paths for name, paths in where.items() if len(paths) > 1} == {}
 
 
 @pytest.mark.parametrize("path", ALL_FILES, ids=_per_file)
@@ -282,6 +391,20 @@ def test_a_wrong_arrow_is_found(component: str, line: str) -> None:
 )
 def test_a_right_arrow_passes(component: str, line: str) -> None:
     assert forbidden_arrows(component, line) == []
+
+
+def test_a_circle_and_a_room_arrow_are_found() -> None:
+    sources = {
+        "cluster.a.one": "from kvbaton.cluster.b.two import X",
+        "cluster.b.two": "def f():\n    from kvbaton.cluster.a import three",
+        "cluster.a.three": "from kvbaton.cluster.a.one import Y",
+        "cluster.top": "import kvbaton.cluster.a.one",
+    }
+    graph = import_graph(sources)
+    assert import_circles(graph) == [["cluster.a.one", "cluster.a.three", "cluster.b.two"]]
+    rooms = {"cluster": {"cluster.a"}, "cluster.a": {"cluster.b"}, "cluster.b": {"cluster.a"}}
+    assert room_arrows(graph, "cluster") == rooms
+    assert import_circles(import_graph({**sources, "cluster.a.three": ""})) == []
 
 
 def test_the_other_checks_can_fail() -> None:
