@@ -8,7 +8,7 @@ from typing import Annotated
 from annotated_types import Interval
 
 from kvbaton.cluster.session.connection import SessionLimits
-from kvbaton.settings import Setting, check
+from kvbaton.settings import Count, Setting, check
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class ClientConfig:
     park_s: float = 30.0
     limits: SessionLimits = field(default_factory=SessionLimits)
     request_timeout_s: float | None = None
-    max_in_flight: int = 16384
-    max_migrations: int = 4
+    max_in_flight: Count = 16384
+    max_migrations: Count = 4
 
     def __post_init__(self) -> None:
         check(self)

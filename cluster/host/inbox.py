@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from kvbaton.cluster.session.server import SubmitRefused
 from kvbaton.engine.orders import Order, Submitted
 from kvbaton.kvtransfer.messages import Failed, Granted, Landed, Offered, Released
+from kvbaton.settings import Count, check
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,11 @@ Message = Item | SnapshotWanted | AuditWanted | Stop
 class InboxLimits:
     """Of unread requests: how many, and the tokens of their prompts. One longer than `max_tokens` enters alone."""
 
-    max_requests: int
-    max_tokens: int = 4 << 20
+    max_requests: Count
+    max_tokens: Count = 4 << 20
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class Inbox:

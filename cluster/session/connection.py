@@ -14,18 +14,22 @@ from kvbaton.cluster.session.messages import MAX_HANDSHAKE_BYTES
 from kvbaton.cluster.session.wire import FrameReader
 from kvbaton.kvtransfer.codec import WireError
 from kvbaton.kvtransfer.handshake import HandshakeRefused
+from kvbaton.settings import Count, Seconds, check
 
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
     """Caps and times of a session. A peer that stays silent for `silence_s`, beats included, counts as gone."""
 
-    max_frame_bytes: int = 64 << 20
-    max_buffered_bytes: int = 16 << 20
-    max_sessions: int = 256
-    handshake_s: float = 5.0
-    beat_s: float = 1.0
-    silence_s: float = 10.0
+    max_frame_bytes: Count = 64 << 20
+    max_buffered_bytes: Count = 16 << 20
+    max_sessions: Count = 256
+    handshake_s: Seconds = 5.0
+    beat_s: Seconds = 1.0
+    silence_s: Seconds = 10.0
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class ConnectionOwner(Protocol):
