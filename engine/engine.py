@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from kvbaton.engine.batch import Pending, ScheduledRow, StepResult
+from kvbaton.engine.batch import Pending, ScheduledRow
 from kvbaton.engine.chunk_size import measured_chunk
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
 from kvbaton.engine.cuda_graphs import CudaCapture, DecodeGraphs, GraphSizes
@@ -100,10 +100,6 @@ class Engine:
     def launch(self, rows: list[ScheduledRow]) -> Pending:
         """One forward pass over `rows`, and the tokens that they ask for, once they are waited for."""
         return self._runner.launch(rows)
-
-    def run(self, rows: list[ScheduledRow]) -> StepResult:
-        """Launch and wait."""
-        return self.launch(rows).wait()
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """Copy block contents (source, destination) as if one after the other."""

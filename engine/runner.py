@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kvbaton.engine.batch import SampledToken, ScheduledRow, StepResult
-from kvbaton.engine.cuda_graphs import DecodeGraphs
+from kvbaton.engine.cuda_graphs import DecodeGraphs, DecodePass
 from kvbaton.engine.pending import LaunchedStep, PromptLogprobs, TokenFeed, mark_of
 from kvbaton.engine.sampling.device_sampler import DeviceSampler, PendingTokens
 from kvbaton.engine.sampling.sampler import Draw, sample_tokens, token_logprobs
@@ -27,13 +27,8 @@ from kvbaton.kernels.meta import AttentionMeta, build_attention_meta
 LOGPROB_ROWS = 128  # prompt tokens whose logits [LOGPROB_ROWS, vocab] exist at a time
 
 
-class ForwardPass(Protocol):
+class ForwardPass(DecodePass, Protocol):
     """What runs a model: the plain decoder or the native one. See `Decoder` for the shapes."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def forward(self, token_ids: torch.Tensor, kv_cache: torch.Tensor, meta: AttentionMeta) -> torch.Tensor: ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The next call may overwrite what this one returned."""

@@ -131,7 +131,7 @@ def _step(engine: Engine, parts: list[tuple[Sequence, int]]) -> None:
     rows = [ScheduledRow(seq, n, (0,) if seq.num_computed + n == len(seq.tokens) else ()) for seq, n in parts if n]
     if not rows:
         return
-    for row, drawn in zip(rows, engine.run(rows).sampled, strict=True):
+    for row, drawn in zip(rows, engine.launch(rows).wait().sampled, strict=True):
         row.seq.num_computed += row.num_tokens
         row.seq.tokens.extend(one.token_id for one in drawn)
 

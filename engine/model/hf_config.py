@@ -66,7 +66,6 @@ def parse_model_config(fields: JsonFields, extra_eos: tuple[int, ...] = ()) -> M
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
         moe=_moe(fields, arch, num_layers) if arch in _MOE else None,
         dtype=_dtype(fields),
-        bos_token_id=fields.optional_integer("bos_token_id"),
         eos_token_ids=tuple(sorted({*fields.integers("eos_token_id"), *extra_eos})),
     )
 

@@ -84,7 +84,6 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     moe: MoeConfig | None = None
     dtype: str = "float32"
-    bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     @property

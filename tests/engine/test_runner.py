@@ -201,5 +201,5 @@ def test_a_step_with_too_few_blocks_is_refused(driver: EngineDriver) -> None:
     row = ScheduledRow(seq, 32, (0,))
     kept, seq.block_table = seq.block_table, seq.block_table[:1]
     with pytest.raises(ValueError, match="1 of 2 blocks"):
-        driver.engine.run([row])
+        driver.engine.launch([row]).wait()
     seq.block_table = kept

@@ -29,7 +29,7 @@ class EngineDriver:
     def step(self, *chunks: tuple[Sequence, int]) -> StepResult:
         """Run `count` tokens of each sequence; those whose last token is among them draw."""
         rows = [self._row(seq, count) for seq, count in chunks]
-        result = self.engine.run(rows)
+        result = self.engine.launch(rows).wait()
         for row, drawn in zip(rows, result.sampled, strict=True):
             row.seq.num_computed += row.num_tokens
             if len(drawn) == 1:
