@@ -8,8 +8,8 @@ probability of order e. A request recomputed elsewhere, in another batch, has su
 
 The key comes from Philox4x32-10, a counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2,
 3", SC 2011): it is a function of (seed, sample, position) and of nothing else, so there is no state to carry along when
-a request moves, resumes or shares a batch. All keys of a step are made at once, in integer arithmetic, so every machine
-gets the same bits.
+a request migrates, resumes or shares a batch. All keys of a step are made at once, in integer arithmetic, so every
+machine gets the same bits.
 
 Nothing is summed but the weights of top_p, and those are integers (2**44 for the best token): the same in every order,
 so a row alone and a row in a batch are equal to the bit. Cuts are by value, so that ties do not depend on a sort:

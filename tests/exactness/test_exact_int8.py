@@ -16,9 +16,8 @@ from kvbaton.engine.model.decoder import Decoder
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.engine.tiny import Family
 from kvbaton.router.engine_info import Role
-from support.dequantized import dequantized
 from support.local_cluster import EngineOptions, LocalCluster
-from support.oracle import TinyModels, oracle_tokens, prompts
+from support.oracle import TinyModels, dequantized, oracle_tokens, prompts
 from support.worker_bench import WorkerBench
 
 pytestmark = pytest.mark.slow

@@ -24,10 +24,9 @@ from kvbaton.kernels.cpu import CpuKernels, NativeAttention
 from kvbaton.kernels.meta import build_attention_meta
 from kvbaton.kernels.native_build import SOURCES
 from kvbaton.kernels.native_lib import native_library
-from support.amx_build import PANEL, Products, build, compiler_with
 from support.decoder_cases import CONFIGS, CPU, assert_alone_as_in_company, make_step, plain, widened
-from support.int8_products import Int8Products
 from support.kernel_cases import Shape, expected_attention, expected_rope, make_case
+from support.native_products import PANEL, Int8Products, Products, build, compiler_with
 from support.oracle import TinyModels
 
 pytestmark = pytest.mark.process

@@ -17,7 +17,7 @@ import torch
 
 from kvbaton.kernels.native_build import FLAGS, LIBRARIES, SOURCES
 from kvbaton.kernels.native_lib import load_library, native_library
-from support.int8_products import Int8Products
+from support.native_products import Int8Products
 
 pytestmark = pytest.mark.process
 

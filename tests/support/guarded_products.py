@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from support.amx_build import PANEL, Products
+from support.native_products import PANEL, Products
 
 PAGE, PROT_NONE = mmap.PAGESIZE, 0
 SHAPES = ((1, 1, 1), (1, 33, 40), (2, 31, 33), (15, 64, 32), (17, 65, 31), (33, 97, 64), (40, 130, 70), (100, 530, 40))
