@@ -91,9 +91,14 @@ def _refuse(*_: object) -> None:
 def _length_check(kind: Any) -> _LengthCheck | None:
     """What raises WireError where a Struct in a value of type `kind` lacks fields; None where none may be left out."""
     checks = [check for member in _members(kind) if (check := _member_check(member)) is not None]
-    if len(checks) > 1:
-        raise TypeError(f"{kind}: of the types of one field, only one may have defaults")
-    return checks[0] if checks else None
+    if len(checks) < 2:
+        return checks[0] if checks else None
+
+    def check_each(parts: list[Any]) -> None:
+        for check in checks:
+            check(parts)
+
+    return check_each
 
 
 def _member_check(member: Any) -> _LengthCheck | None:
@@ -116,9 +121,11 @@ def _struct_check(member: type[msgspec.Struct]) -> _LengthCheck | None:
     inner = [(i, check) for i, hint in enumerate(_hints(member).values(), first) if (check := _length_check(hint))]
     if not inner and not member.__struct_defaults__:
         return None
-    size = first + len(member.__struct_fields__)
+    size, tag = first + len(member.__struct_fields__), member.__struct_config__.tag
 
     def check_struct(parts: list[Any]) -> None:
+        if tag is not None and parts[0] != tag:
+            return  # another type of a union
         if len(parts) != size:
             raise WireError(f"{member.__name__} has {size} fields, got {len(parts)}")
         for index, check_field in inner:

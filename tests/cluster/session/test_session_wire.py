@@ -168,7 +168,7 @@ def test_submit_round_trip(submit: Submit) -> None:
 
 
 def test_no_sampling_or_request_field_is_forgotten() -> None:
-    """A field that were left out in `SubmitMessage` would silently fall back to its default on the engine."""
+    """A field left out of `SubmitMessage` would silently fall back to its default on the engine."""
     assert {f.name for f in dataclasses.fields(Request)} < set(SubmitMessage.__struct_fields__)
     bare = Request("", (), SAMPLING)
     same = [f.name for f in dataclasses.fields(Request) if getattr(REQUEST, f.name) == getattr(bare, f.name)]
