@@ -4,44 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 
 import httpx
 import pytest
 
+from kvbaton.cluster.host.engine_host import EngineStats
 from kvbaton.engine.tiny import Family
 from support.http_endpoint import MODEL_ID, held_blocks, http_endpoint
+from support.live_cluster import until_told
 from support.local_cluster import EngineOptions, LocalCluster
 from support.oracle import TinyModels
 
 pytestmark = pytest.mark.ucx
 
-# Chunks of 16 tokens make the prefill of 2,000 take a good second, so that a client can leave in the middle of it.
-SLOW = EngineOptions(prefill_chunk_tokens=16, max_tokens_per_step=16, prefix_cache=False)
+PREFILL, DECODE = "prefill-0", "decode-1"
+SMALL_CHUNKS = EngineOptions(prefill_chunk_tokens=16, max_tokens_per_step=16, prefix_cache=False)
+Seen = Callable[[LocalCluster], Awaitable[bool]]
 
 
-def body(prompt_tokens: int, max_tokens: int = 2000) -> dict[str, object]:
+async def read(client: httpx.AsyncClient, prompt_tokens: int, chunks: list[str]) -> None:
     prompt = [5 + i % 90 for i in range(prompt_tokens)]
-    return {"model": MODEL_ID, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+    body = {"model": MODEL_ID, "prompt": prompt, "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        async for line in response.aiter_lines():
+            chunks.append(line)
 
 
-async def leave_after(client: httpx.AsyncClient, seconds: float | None, prompt_tokens: int) -> None:
-    """Disconnect `seconds` after sending, or with None as soon as ten chunks have come."""
-
-    async def read() -> None:
-        chunks = 0
-        async with client.stream("POST", "/v1/completions", json=body(prompt_tokens)) as response:
-            async for _ in response.aiter_lines():
-                chunks += 1
-                if seconds is None and chunks == 10:
-                    return
-
-    task = asyncio.create_task(read())
-    if seconds is None:
-        await task
-        return
-    await asyncio.sleep(seconds)
-    task.cancel()
-    await asyncio.wait([task])
+async def leave(*readers: asyncio.Task[None]) -> None:
+    assert not any(reader.done() for reader in readers), "it ended by itself"
+    for reader in readers:
+        reader.cancel()
+    await asyncio.wait(readers)
 
 
 async def seconds_until_free(client: httpx.AsyncClient) -> float:
@@ -52,17 +46,46 @@ async def seconds_until_free(client: httpx.AsyncClient) -> float:
     return time.monotonic() - started
 
 
-async def test_client_leaves_in_every_state(tiny_model: TinyModels) -> None:
-    """Queued behind another prompt, in prefill, at the hand-off, and while decoding."""
+async def stats(cluster: LocalCluster, name: str) -> EngineStats:
+    return await asyncio.to_thread(cluster.engines[name].stats)
+
+
+async def half_computed(cluster: LocalCluster) -> bool:
+    load = (await stats(cluster, PREFILL)).load
+    return load.held_blocks > 0 and 0 < load.queued_prefill_tokens < 2000 - 16
+
+
+async def landing(cluster: LocalCluster) -> bool:
+    found = await stats(cluster, DECODE)
+    return found.transfer.receiving == 1 and found.load.held_blocks > 0
+
+
+async def behind_another(cluster: LocalCluster) -> bool:
+    return (await stats(cluster, PREFILL)).load.waiting_requests == 2
+
+
+STATES: dict[str, tuple[list[int], Seen | None]] = {
+    "prefill": ([2000], half_computed),
+    "hand-off": ([60], landing),
+    "queued": ([2000, 1900], behind_another),
+    "decode": ([100], None),
+}
+
+
+async def test_a_client_that_leaves_in_any_state_gives_every_block_back(tiny_model: TinyModels) -> None:
+    """Slow passes hold each state until the client has left."""
     model = tiny_model(Family.LLAMA)
-    async with LocalCluster(model, options=SLOW) as cluster, http_endpoint(cluster, model) as client:
-        for state, seconds, tokens in (("prefill", 0.3, 2000), ("decode", None, 100), ("hand-off", 0.1, 60)):
-            await leave_after(client, seconds, tokens)
+    async with LocalCluster(model, options=SMALL_CHUNKS) as cluster, http_endpoint(cluster, model) as client:
+        for state, (prompts, seen) in STATES.items():
+            await asyncio.to_thread(cluster.engines[PREFILL].slow_down, 0.2 if seen else 0.0)
+            chunks: list[str] = []
+            readers = [asyncio.create_task(read(client, tokens, chunks)) for tokens in prompts]
+            if seen is None:
+                await cluster.until(lambda seen=chunks: len(seen) >= 10, state)
+            else:
+                await until_told(lambda seen=seen: seen(cluster), state)
+            await leave(*readers)
+            await asyncio.to_thread(cluster.engines[PREFILL].slow_down, 0.0)
             assert await seconds_until_free(client) < 1.0, state
-        busy = asyncio.create_task(leave_after(client, 1.5, 2000))
-        await asyncio.sleep(0.1)
-        await leave_after(client, 0.2, 1900)  # queued: the other one's chunks run first
-        await busy
-        assert await seconds_until_free(client) < 1.0, "queued"
-        assert set(await held_blocks(client)) == {"prefill-0", "decode-1"}
+        assert set(await held_blocks(client)) == {PREFILL, DECODE}
         await cluster.assert_clean()
