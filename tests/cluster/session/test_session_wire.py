@@ -86,6 +86,7 @@ def framed(kind: type[Struct], parts: list[Any]) -> bytes:
     return bytes(msgpack.packb([KINDS.index(kind), *parts], datetime=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @given(data=st.data())
 def test_every_message_comes_back_equal(kind: type[Struct], data: st.DataObject) -> None:
@@ -275,6 +276,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(KINDS), st.lists(values, max_size=4))
 def test_well_formed_msgpack_of_the_wrong_shape_is_refused(kind: type[Struct], fields: list[object]) -> None:
