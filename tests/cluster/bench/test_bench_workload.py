@@ -22,7 +22,7 @@ from kvbaton.cluster.bench.workload import (
     warmup_request,
 )
 
-TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
+TRACES = Path(__file__).resolve().parents[4] / "shared" / "traces"
 
 
 # --- lengths
