@@ -79,5 +79,5 @@ def test_wheel_runs_in_a_clean_environment(distributions: tuple[Path, Path], tmp
     command = tmp_path / "clean" / "bin" / "kvbaton"
     assert run(command, "--version", cwd=tmp_path).strip() == f"kvbaton {kvbaton.__version__}"
     assert "serve" in run(command, "--help", cwd=tmp_path)
-    location = run(python, "-c", "import kvbaton, kvbaton.engine.request as r; print(r.__file__)", cwd=tmp_path)
+    location = run(python, "-c", "import kvbaton.cluster.cli as c; print(c.__file__)", cwd=tmp_path)
     assert location.strip().startswith(str(tmp_path))
