@@ -11,7 +11,7 @@ import pytest
 
 from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.engine.tiny import Family
-from kvbaton.router.engine_info import EngineState, Role
+from kvbaton.router.engine_info import EngineInfo, EngineState, Role
 from kvbaton.router.placement import RouterConfig
 from support.engine_process import EngineOptions
 from support.live_cluster import LiveCluster, until, until_told
@@ -55,9 +55,12 @@ async def test_a_pass_that_never_returns_is_noticed_and_costs_no_token(tiny_mode
         victim.slow_down(NEVER_S)
         assert await stream.end() == expected
         await cluster.seconds_until_free(5.0, (other,))
-        (entry,) = [info for info in cluster.membership.engines if info.engine_id == name]
-        assert entry.state is EngineState.UNHEALTHY
-        assert entry.reason.startswith("a step has not returned for 2.")
+
+        def entry() -> EngineInfo:
+            return next(info for info in cluster.membership.engines if info.engine_id == name)
+
+        await until(lambda: entry().state is EngineState.UNHEALTHY, "the list says so")  # it travels by the store
+        assert entry().reason.startswith("a step has not returned for 2.")
         assert victim.alive, "nothing but its pass is wrong"
     finally:
         for engine in cluster.engines.values():
