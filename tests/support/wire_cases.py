@@ -7,6 +7,7 @@ break one field of that, or the number of fields, at every depth.
 from __future__ import annotations
 
 import enum
+import hashlib
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -195,3 +196,25 @@ def is_struct(kind: Any) -> bool:
 
 def hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
+
+
+def fields_of(messages: Any) -> dict[str, tuple[str, ...]]:
+    """Each message and each struct in one -> its number, if it has one, and its fields in order."""
+    found: dict[str, tuple[str, ...]] = {}
+    left = list(messages)
+    while left:
+        kind = left.pop()
+        if get_origin(kind) is not None:
+            left += get_args(kind)
+        elif isinstance(kind, type) and issubclass(kind, msgspec.Struct) and kind.__name__ not in found:
+            tag = kind.__struct_config__.tag
+            found[kind.__name__] = (*(() if tag is None else (f"={tag}",)), *kind.__struct_fields__)
+            left += get_type_hints(kind, include_extras=True).values()
+    return found
+
+
+def digest_of(messages: Any) -> str:
+    """Of the order of the messages and of all their fields: another one means other bytes on the wire."""
+    lines = [" ".join(kind.__name__ for kind in messages)]
+    lines += [f"{name}: {' '.join(fields)}" for name, fields in sorted(fields_of(messages).items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]

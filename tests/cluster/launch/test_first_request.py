@@ -65,7 +65,7 @@ def test_it_waits_for_a_service_that_is_not_ready_yet() -> None:
     """An engine that is silent for a moment on a busy machine must not end the launch."""
     statuses = [503, 503, 200]
     with answering(statuses) as url:
-        assert send(url) >= 0
+        send(url)
     assert statuses == [200]
 
 
