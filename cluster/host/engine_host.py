@@ -291,6 +291,7 @@ async def _assemble(host: EngineHost, engine: Engine, spec: EngineHostSpec, stor
     prefixes = PrefixPublisher(store, spec.engine_id, spec.generation, sink.want_snapshot)
     steps = StepLoop(worker, _Publisher(host, sessions, prefixes))
     sink.steps = steps
+    sessions.publish_load(steps.load)  # an engine that has not stepped yet has a pool all the same
     agent.start()
     steps.start()
     prefixes.start()
