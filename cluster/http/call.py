@@ -61,15 +61,17 @@ def cancel_call(client: GenerationClient, call_id: str, max_prompts: int) -> boo
 
 @dataclass(frozen=True, slots=True)
 class TokenBudget:
-    """How many tokens a client wants: `requested` under the name `field`, or else `default` (None: all that fit)."""
+    """How many tokens a client wants: `requested` under the name `field`, or else what the model's own settings say, or
+    else `default` (None: all that fit)."""
 
     requested: int | None
     field: str = "max_tokens"
     default: int | None = None
     prompt_field: str = "prompt"
 
-    def resolve(self, prompt_tokens: int, max_model_len: int) -> int:
-        """Tokens to generate. Raises `ApiError` when prompt and completion do not fit."""
+    def resolve(self, prompt_tokens: int, max_model_len: int, models_own: int | None = None) -> int:
+        """Tokens to generate; `models_own` is the model's default. Raises `ApiError` when prompt and completion do not
+        fit."""
         room = max_model_len - prompt_tokens
         if room < 1:
             raise bad_request(
@@ -79,7 +81,8 @@ class TokenBudget:
                 "context_length_exceeded",
             )
         if self.requested is None:
-            return room if self.default is None else min(self.default, room)
+            default = self.default if models_own is None else models_own
+            return room if default is None else min(default, room)
         if self.requested < 1:
             raise bad_request(f"{self.field} must be at least 1, got {self.requested}", self.field)
         if self.requested > room:
@@ -120,7 +123,8 @@ class CallBuilder:
         answer is to have no new text.
         """
         service, body = self._service, self._body
-        max_tokens = self._budget.resolve(len(prompt.token_ids), service.model.max_model_len)
+        length = len(prompt.token_ids)
+        max_tokens = self._budget.resolve(length, service.model.max_model_len, service.defaults.new_tokens(length))
         params = sampling_params(body, service, max_tokens, logprobs, prompt_logprobs)
         request = Request(
             request_id=request_name(self._call_id, len(self.runs)),

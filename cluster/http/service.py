@@ -35,6 +35,14 @@ class SamplingDefaults:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    max_new_tokens: int | None = None
+    max_length: int | None = None  # of prompt and completion together; used where `max_new_tokens` is not set
+
+    def new_tokens(self, prompt_tokens: int) -> int | None:
+        """How long a completion is by the model's own settings; None where they say nothing of such a prompt."""
+        if self.max_new_tokens is not None or self.max_length is None:
+            return self.max_new_tokens
+        return self.max_length - prompt_tokens if self.max_length > prompt_tokens else None
 
 
 def random_seed() -> int:

@@ -28,6 +28,7 @@ from kvbaton.cluster.store.registry import Membership
 from kvbaton.cluster.store.store import Store, StoreAddress
 from kvbaton.engine.model.hf_config import load_model_config
 from kvbaton.engine.model.json_fields import JsonFields
+from kvbaton.engine.model.model_config import ModelConfig
 from kvbaton.engine.text.tokenizer import Tokenizer
 from kvbaton.router.placement import RouterConfig
 from kvbaton.router.router import Router
@@ -133,19 +134,19 @@ def _client(membership: Membership, spec: IngressSpec) -> ClusterClient:
 
 
 def _service(spec: IngressSpec, membership: Membership, client: ClusterClient) -> Service:
-    config = load_model_config(spec.model)
+    config, tokenizer = load_model_config(spec.model), Tokenizer.load(spec.model)
     lengths = [info.max_model_len for info in membership.engines]
     lengths.append(spec.max_model_len or config.max_position_embeddings)
     metrics = HttpMetrics()
     metrics.registry.register(EngineMetrics(lambda: membership.engines, client))
     return Service(
         client=client,
-        tokenizer=Tokenizer.load(spec.model),
+        tokenizer=tokenizer,
         model=ModelCard(
             id=spec.model_id,
             vocab_size=config.vocab_size,
             max_model_len=min(lengths),
-            eos_ids=config.eos_token_ids,
+            eos_ids=end_tokens(config, tokenizer),
             created=int(time.time()),
         ),
         version=__version__,
@@ -154,6 +155,15 @@ def _service(spec: IngressSpec, membership: Membership, client: ClusterClient) -
         api_keys=spec.api_keys,
         metrics=metrics,
     )
+
+
+def end_tokens(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids that end a completion: those of config.json and generation_config.json, and the tokenizer's `eos_token`.
+
+    The last is the one that a fine-tune for chat was trained to end with where it left the other files as they were.
+    """
+    known = {*config.eos_token_ids} if tokenizer.eos_id is None else {*config.eos_token_ids, tokenizer.eos_id}
+    return tuple(sorted(token for token in known if token < config.vocab_size))
 
 
 def sampling_defaults(folder: Path) -> SamplingDefaults:
@@ -169,4 +179,13 @@ def sampling_defaults(folder: Path) -> SamplingDefaults:
         top_k=fields.integer("top_k", standard.top_k),
         min_p=fields.number("min_p", standard.min_p),
         repetition_penalty=fields.number("repetition_penalty", standard.repetition_penalty),
+        max_new_tokens=_length(fields, "max_new_tokens"),
+        max_length=_length(fields, "max_length"),
     )
+
+
+def _length(fields: JsonFields, name: str) -> int | None:
+    length = fields.optional_integer(name)
+    if length is not None and length < 1:
+        raise fields.error(f"{name} must be at least 1, got {length}")
+    return length

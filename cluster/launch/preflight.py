@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvbaton.cluster.config.cluster_config import ClusterConfig
+from kvbaton.cluster.ingress.ingress import sampling_defaults
 from kvbaton.cluster.launch.devices import count_gpus, resolve_device
 from kvbaton.cluster.launch.ports import check_port
 from kvbaton.cluster.store.redis_store import RedisStore
@@ -74,6 +75,7 @@ def check_model(config: EngineConfig) -> ModelConfig:
             f"kvbaton make-model {config.model}"
         )
     model = load_model_config(config.model)
+    sampling_defaults(config.model)
     check_tokenizer(config.model)
     check_weight_files(config.model)
     wanted, trained = config.max_model_len, model.max_position_embeddings

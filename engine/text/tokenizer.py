@@ -15,14 +15,19 @@ from kvbaton.engine.request import InvalidRequest
 from kvbaton.engine.text.detokenizer import ByteDetokenizer, IncrementalDetokenizer, WindowDetokenizer, unicode_to_bytes
 from kvbaton.settings import ConfigError
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_RUST_FILE = "tokenizer.json"
+_TOKENIZER_FILES = (_RUST_FILE, "tokenizer.model", "vocab.json")
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise `ConfigError` when a model folder's tokenizer is missing or damaged, without the seconds a load takes."""
+    """Raise `ConfigError` when a model folder's tokenizer is missing, damaged, or of a kind that nothing here converts.
+
+    Takes the seconds of a load only where there is no tokenizer.json.
+    """
     _check_present(folder)
-    path = folder / "tokenizer.json"
+    path = folder / _RUST_FILE
     if not path.exists():
+        Tokenizer.load(folder)
         return
     from tokenizers import Tokenizer as RustTokenizer
 
@@ -41,9 +46,14 @@ class Tokenizer:
     """Immutable once loaded; safe to share between threads."""
 
     def __init__(self, hf: Any) -> None:
-        """`hf` is a transformers tokenizer with a Rust backend."""
+        """`hf` is a transformers tokenizer with a Rust backend.
+
+        Truncation and padding that its file asks for belong to batches of training: a prompt is encoded as it is.
+        """
         self._hf = hf
         self._rust = hf.backend_tokenizer
+        self._rust.no_truncation()
+        self._rust.no_padding()
         self._special = frozenset(hf.all_special_ids) | {
             index for index, token in self._rust.get_added_tokens_decoder().items() if token.special
         }
@@ -59,6 +69,12 @@ class Tokenizer:
         if getattr(hf, "backend_tokenizer", None) is None:
             raise ConfigError(f"{folder}: {type(hf).__name__} is not supported; a tokenizer.json is needed")
         return cls(hf)
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id of `eos_token`, where the tokenizer names one."""
+        token: int | None = self._hf.eos_token_id
+        return token
 
     @property
     def has_chat_template(self) -> bool:
@@ -133,7 +149,13 @@ def _read(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust tokenizer raises plain Exception for a damaged file
-        raise ConfigError(f"{folder}: the tokenizer cannot be read: {error}") from error
+        if (folder / _RUST_FILE).exists():
+            raise ConfigError(f"{folder}: the tokenizer cannot be read: {error}") from error
+        remedy = f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')"
+        raise ConfigError(
+            f"{folder} has no {_RUST_FILE}, and its tokenizer cannot be converted here ({error}). Save one where it "
+            f"can, for example with sentencepiece installed: {remedy}"
+        ) from error
 
 
 def _is_byte_level(rust: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from kvbaton.cluster.http.app import create_app
+from kvbaton.cluster.http.service import SamplingDefaults
 from kvbaton.engine.request import FinishReason, Request
 from kvbaton.engine.text.tokenizer import Tokenizer
 from support.http_support import MODEL_ID, ScriptedClient, Step, http_client, make_service, outputs, say, sse_events
@@ -52,6 +53,32 @@ async def test_token_limit(tokenizer: Tokenizer) -> None:
     for fields in ({}, {"max_tokens": None}, {"max_tokens": 3}, {"prompt": [1] * 250}):
         await ask(client, tokenizer, **{"prompt": [1, 2], **fields})
     assert [request.sampling.max_tokens for request in client.requests] == [16, 254, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("defaults", "expected"),
+    [
+        (SamplingDefaults(max_new_tokens=40), [40, 40, 3, 6]),
+        (SamplingDefaults(max_new_tokens=40, max_length=5), [40, 40, 3, 6]),
+        (SamplingDefaults(max_length=42), [40, 40, 3, 6]),
+        (SamplingDefaults(max_length=252), [250, 250, 3, 2]),
+        (SamplingDefaults(max_length=200), [198, 198, 3, 6]),
+    ],
+)
+async def test_the_models_own_length_is_the_default(
+    tokenizer: Tokenizer, defaults: SamplingDefaults, expected: list[int]
+) -> None:
+    """As transformers takes generation_config.json: `max_new_tokens` before `max_length`, both within the context.
+
+    A prompt past `max_length`, which transformers refuses, is answered as if the file did not set it.
+    """
+    client = ScriptedClient(say(tokenizer, "ok"))
+    service = make_service(client, tokenizer, defaults=defaults)
+    async with http_client(create_app(service)) as http:
+        for fields in ({}, {"max_tokens": None}, {"max_tokens": 3}, {"prompt": [1] * 250}):
+            reply = await http.post(PATH, json={"model": MODEL_ID, "prompt": [1, 2], **fields})
+            assert reply.status_code == 200, reply.text
+    assert [request.sampling.max_tokens for request in client.requests] == expected
 
 
 @pytest.mark.parametrize("stream", [False, True])

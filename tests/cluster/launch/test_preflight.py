@@ -57,8 +57,10 @@ def test_a_redis_that_answers_passes() -> None:
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "rwkv"}'), "config.json"),
+        (lambda folder: (folder / "generation_config.json").write_text('{"top_k": "all"}'), "top_k must be an integer"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json cannot be read"),
+        (lambda folder: (folder / "tokenizer.json").rename(folder / "tokenizer.model"), "save_pretrained"),
     ],
 )
 def test_a_damaged_model_folder_is_named(

@@ -19,7 +19,7 @@ from tokenizers.models import BPE
 from kvbaton.engine.model.hf_config import load_model_config
 from kvbaton.engine.request import InvalidRequest
 from kvbaton.engine.text.detokenizer import WindowDetokenizer
-from kvbaton.engine.text.tokenizer import Tokenizer
+from kvbaton.engine.text.tokenizer import Tokenizer, check_tokenizer
 from kvbaton.settings import ConfigError
 from support.oracle import TinyModels
 
@@ -174,6 +174,45 @@ def test_missing_and_damaged_tokenizers_are_named(editable: Path, tmp_path: Path
     (editable / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"has no tokenizer: none of tokenizer\.json"):
         Tokenizer.load(editable)
+
+
+@pytest.mark.parametrize("tokenizer_class", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "Qwen2TokenizerFast"])
+def test_saved_truncation_and_padding_leave_prompts_alone(
+    editable: Path, tokenizer_class: str, tokenizer: Tokenizer
+) -> None:
+    """Guards long prompts: a file saved in training cuts each at its `max_length`, and an answer comes all the same."""
+    rust = RustTokenizer.from_file(str(editable / "tokenizer.json"))
+    rust.enable_truncation(8)
+    rust.enable_padding(length=64, pad_token="<|eos|>", pad_id=509)
+    rust.save(str(editable / "tokenizer.json"))
+    settings_ = json.loads((editable / "tokenizer_config.json").read_text()) | {"tokenizer_class": tokenizer_class}
+    (editable / "tokenizer_config.json").write_text(json.dumps(settings_))
+    loaded = Tokenizer.load(editable)
+    for text in ("the sea", "the sea " * 100):
+        ids = loaded.encode(text)
+        assert len(ids) == len(loaded.encode(text, add_special_tokens=False)) + 1
+        assert loaded.decode(ids) == text
+        if tokenizer_class == "PreTrainedTokenizerFast":
+            assert ids == tokenizer.encode(text)
+
+
+def test_a_sentencepiece_file_alone_is_refused_with_what_to_do(editable: Path) -> None:
+    """Guards a launch that gets as far as its first prompt: nothing installed here reads such a file."""
+    (editable / "tokenizer.json").rename(editable / "tokenizer.model")
+    with pytest.raises(ConfigError, match=r"has no tokenizer\.json.* cannot be converted .*save_pretrained"):
+        check_tokenizer(editable)
+
+
+def test_a_vocabulary_with_merges_needs_no_tokenizer_json(editable: Path, tokenizer: Tokenizer) -> None:
+    """transformers builds the tokenizer of a Qwen from its older pair of files."""
+    RustTokenizer.from_file(str(editable / "tokenizer.json")).model.save(str(editable))
+    (editable / "tokenizer.json").unlink()
+    settings_ = json.loads((editable / "tokenizer_config.json").read_text()) | {"tokenizer_class": "Qwen2Tokenizer"}
+    (editable / "tokenizer_config.json").write_text(json.dumps(settings_))
+    check_tokenizer(editable)
+    assert Tokenizer.load(editable).encode("the sea", add_special_tokens=False) == tokenizer.encode(
+        "the sea", add_special_tokens=False
+    )
 
 
 def test_eos_ids_come_from_both_files(tokenizer: Tokenizer, folder: Path) -> None:
