@@ -109,7 +109,9 @@ class EngineConfig:
     """One engine: which weights on which device, and how it batches. `device` is cpu, cuda or cuda:N. `threads` None
     leaves torch's default. `cuda_graphs` False runs decode steps operator by operator on CUDA too."""
 
-    model: Annotated[Path, Setting("model.path", "Hugging Face folder with safetensors")] = Path("models/tiny")
+    model: Annotated[Path, Setting("model.path", "Hugging Face folder with safetensors, or a GGUF file")] = Path(
+        "models/tiny"
+    )
     device: str = "cpu"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], Setting("model.dtype", "auto: the checkpoint's")

@@ -67,7 +67,16 @@ ROOMS: dict[str, frozenset[str]] = {
     "engine.text": frozenset(),
 }
 # What engine's rooms may use of the files beside them: values, below everything else.
-ENGINE_GROUND = frozenset({"engine.batch", "engine.block_hash", "engine.config", "engine.request", "engine.sequence"})
+ENGINE_GROUND = frozenset(
+    {
+        "engine.batch",
+        "engine.block_hash",
+        "engine.config",
+        "engine.gguf_file",
+        "engine.request",
+        "engine.sequence",
+    }
+)
 MAX_PARAMETERS = 8
 
 

@@ -89,7 +89,7 @@ class HttpConfig:
     """The public endpoint."""
 
     model_name: Annotated[
-        str | None, Setting("model.name", "what clients pass as model", unset="the folder's name")
+        str | None, Setting("model.name", "what clients pass as model", unset="the folder's or file's name")
     ] = None
     host: Annotated[
         str, Setting("http.host", "address of the endpoint; 0.0.0.0 serves other machines: set security.api_keys then")
@@ -196,7 +196,8 @@ class ClusterConfig:
     @property
     def model_id(self) -> str:
         """What clients pass as model."""
-        return self.http.model_name or self.engine.model.resolve().name
+        model = self.engine.model.resolve()
+        return self.http.model_name or (model.stem if model.suffix == ".gguf" else model.name)
 
     def check(self) -> None:
         """Raise `ConfigError` for settings that are each fine and cannot work together."""

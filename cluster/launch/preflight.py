@@ -71,8 +71,8 @@ def check_model(config: EngineConfig) -> ModelConfig:
     """Raise `ConfigError` for what is wrong with the model's files, as far as reading their headers tells."""
     if config.model == EngineConfig().model and not config.model.exists():
         raise ConfigError(
-            f"no model is named, and {config.model} does not exist: --model FOLDER, or make a tiny one first: "
-            f"kvbaton make-model {config.model}"
+            f"no model is named, and {config.model} does not exist: --model FOLDER or FILE.gguf, or make a tiny one "
+            f"first: kvbaton make-model {config.model}"
         )
     model = load_model_config(config.model)
     sampling_defaults(config.model)

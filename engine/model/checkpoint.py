@@ -15,12 +15,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from kvbaton.engine.gguf_file import find_gguf
 from kvbaton.engine.model.json_fields import JsonFields
 from kvbaton.settings import ConfigError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_SAMPLE_BYTES = 512
+SAMPLE_BYTES = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,11 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The tensors of a folder, sorted by name."""
+    """The tensors of a folder, sorted by name. `origin` is that folder, `kinds` what a stored number may be."""
 
-    folder: Path
+    origin: Path
     tensors: tuple[StoredTensor, ...]
+    kinds: frozenset[str] = frozenset({"F32", "BF16", "F16"})
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -67,17 +69,27 @@ class Checkpoint:
         try:
             for tensor in self.tensors:
                 handle = handles[tensor.file]
-                handle.seek(tensor.offset + max(0, tensor.num_bytes - _SAMPLE_BYTES) // 2)
+                handle.seek(tensor.offset + max(0, tensor.num_bytes - SAMPLE_BYTES) // 2)
                 state.update(f"{tensor.name} {tensor.dtype} {tensor.shape}".encode())
-                state.update(handle.read(min(_SAMPLE_BYTES, tensor.num_bytes)))
+                state.update(handle.read(min(SAMPLE_BYTES, tensor.num_bytes)))
         finally:
             for handle in handles.values():
                 handle.close()
         return state.hexdigest()
 
+    def values(self, names: frozenset[str]) -> Iterator[tuple[str, Any]]:
+        """Each of `names` with its torch tensor, as it is stored, file by file."""
+        for path in sorted({tensor.file for tensor in self.tensors}):
+            with open_weights(path) as handle:
+                for tensor in self.tensors:
+                    if tensor.file == path and tensor.name in names:
+                        yield tensor.name, handle.get_tensor(tensor.name)
+
 
 def check_weight_files(folder: Path) -> None:
     """Raise `ConfigError` for a file that is missing, cut short or no safetensors; reads their headers only."""
+    if find_gguf(folder) is not None:
+        return  # a config that has been read from it is proof
     for path in weight_files(folder):
         with open_weights(path, framework="numpy"):
             pass
@@ -90,7 +102,9 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX_FILE).exists():
         return _sharded_files(folder)
     if any(folder.glob("*.bin")):
-        raise ConfigError(f"{folder} holds pickled weights (*.bin), which are not supported; supported: safetensors")
+        raise ConfigError(
+            f"{folder} holds pickled weights (*.bin), which are not supported; supported: safetensors, gguf"
+        )
     raise ConfigError(f"{folder / SINGLE_FILE} is missing, and so is {INDEX_FILE}")
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kvbaton.engine.gguf_file import GgufFile, find_gguf
+from kvbaton.engine.model.gguf_config import gguf_fields
 from kvbaton.engine.model.json_fields import JsonFields
 from kvbaton.engine.model.model_config import Architecture, ModelConfig, MoeConfig, RopeConfig, RopeType
 from kvbaton.settings import ConfigError
@@ -20,7 +22,16 @@ _MOE = (Architecture.MIXTRAL, Architecture.QWEN3_MOE)
 
 
 def load_model_config(folder: Path) -> ModelConfig:
-    """The model in `folder`; raises `ConfigError` naming the file and field that is missing, damaged or unsupported."""
+    """The model in `folder`, or in the GGUF file of that path.
+
+    Raises `ConfigError` naming the file and field that is missing, damaged or unsupported.
+    """
+    gguf = find_gguf(folder)
+    if gguf is not None:
+        fields = gguf_fields(GgufFile.open(gguf))
+        config = parse_model_config(fields)
+        _check_sizes(fields, config)
+        return config
     if not folder.is_dir():
         raise ConfigError(f"model folder {folder} does not exist or is not a folder")
     fields = JsonFields.read(folder / "config.json")

@@ -1,4 +1,4 @@
-"""From a folder, or from nothing but a config, to a decoder on its device.
+"""From a folder, a GGUF file, or nothing but a config, to a decoder on its device.
 
 A checkpoint's files are memory-mapped and each tensor is copied once, straight into its slot on the device and in its
 dtype, or quantized into it a few rows at a time: no second copy of the model ever exists. Names and shapes are all
@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from kvbaton.engine.model.checkpoint import SINGLE_FILE, Checkpoint, StoredTensor, open_weights
+from kvbaton.engine.gguf_file import GgufFile, find_gguf
+from kvbaton.engine.model.checkpoint import SINGLE_FILE, Checkpoint, StoredTensor
 from kvbaton.engine.model.decoder import Decoder
+from kvbaton.engine.model.gguf_checkpoint import GgufCheckpoint
 from kvbaton.engine.model.hf_config import DTYPES, load_model_config
 from kvbaton.engine.model.model_config import ModelConfig
 from kvbaton.engine.model.random_weights import random_digest, random_weights
@@ -36,8 +38,9 @@ from kvbaton.settings import ConfigError
 log = logging.getLogger(__name__)
 
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_STORED_FLOATS = ("F32", "BF16", "F16")
 _NAMES_SHOWN = 5
+
+AnyCheckpoint = Checkpoint | GgufCheckpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ def load_model(
 ) -> LoadedModel:
     """Raises `ConfigError` that names the file, tensor or option at fault. `dtype` auto is the one saved."""
     config = load_model_config(folder)
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder, config)
     chosen = resolve_dtype(config, dtype)
     started = time.monotonic()
     weights = load_weights(config, checkpoint, chosen, device, quantization)
@@ -91,8 +94,14 @@ def resolve_dtype(config: ModelConfig, name: str) -> torch.dtype:
     return _TORCH_DTYPES[chosen]
 
 
+def open_checkpoint(model: Path, config: ModelConfig) -> AnyCheckpoint:
+    """The weights that `model`, a folder or a GGUF file, holds."""
+    gguf = find_gguf(model)
+    return Checkpoint.open(model) if gguf is None else GgufCheckpoint(GgufFile.open(gguf), config)
+
+
 def load_weights(
-    config: ModelConfig, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, quantization: str = "none"
+    config: ModelConfig, checkpoint: AnyCheckpoint, dtype: torch.dtype, device: torch.device, quantization: str = "none"
 ) -> DecoderWeights:
     """The model's weights on `device` in `dtype`, its matrices quantized from the values as they are stored.
 
@@ -103,9 +112,12 @@ def load_weights(
     _check_names(config, checkpoint, frozenset(by_name))
     for tensor in checkpoint.tensors:
         if tensor.name in by_name:
-            _check_tensor(tensor, by_name[tensor.name])
-    for path in sorted({tensor.file for tensor in checkpoint.tensors}):
-        _copy_file(path, [by_name[t.name] for t in checkpoint.tensors if t.file == path and t.name in by_name])
+            _check_tensor(tensor, by_name[tensor.name], checkpoint.kinds)
+    for name, values in checkpoint.values(frozenset(by_name)):
+        try:
+            by_name[name].target.copy_(values)
+        except ValueError as error:
+            raise ConfigError(f"{checkpoint.origin}: {name} cannot be quantized: it {error}") from None
     tie(config, weights)
     return weights
 
@@ -121,20 +133,20 @@ def fingerprint(config: ModelConfig, weights_digest: str) -> str:
     return hashlib.blake2b(f"{config.digest()} {weights_digest}".encode(), digest_size=16).hexdigest()
 
 
-def _expert_naming(checkpoint: Checkpoint) -> ExpertNaming:
+def _expert_naming(checkpoint: AnyCheckpoint) -> ExpertNaming:
     stacked = any(name.endswith(".mlp.experts.gate_up_proj") for name in checkpoint.names)
     return ExpertNaming.STACKED if stacked else ExpertNaming.PER_EXPERT
 
 
-def _check_names(config: ModelConfig, checkpoint: Checkpoint, expected: frozenset[str]) -> None:
+def _check_names(config: ModelConfig, checkpoint: AnyCheckpoint, expected: frozenset[str]) -> None:
     found = frozenset(name for name in checkpoint.names if not name.endswith(".rotary_emb.inv_freq"))
     if config.tie_word_embeddings:
         found -= {"lm_head.weight"}
     missing, unexpected = expected - found, found - expected
     if missing:
-        raise ConfigError(f"{checkpoint.folder} lacks {_some(missing)} of a {config.architecture}")
+        raise ConfigError(f"{checkpoint.origin} lacks {_some(missing)} of a {config.architecture}")
     if unexpected:
-        raise ConfigError(f"{checkpoint.folder} holds unexpected {_some(unexpected)} for a {config.architecture}")
+        raise ConfigError(f"{checkpoint.origin} holds unexpected {_some(unexpected)} for a {config.architecture}")
 
 
 def _some(names: frozenset[str]) -> str:
@@ -143,21 +155,13 @@ def _some(names: frozenset[str]) -> str:
     return f"{'tensor' if len(names) == 1 else f'{len(names)} tensors:'} {shown}{more}"
 
 
-def _check_tensor(tensor: StoredTensor, slot: WeightSlot) -> None:
-    if tensor.dtype not in _STORED_FLOATS:
+def _check_tensor(tensor: StoredTensor, slot: WeightSlot, kinds: frozenset[str]) -> None:
+    if tensor.dtype not in kinds:
+        supported = ", ".join(sorted(kinds))
         raise ConfigError(
-            f"{tensor.file}: {tensor.name} is {tensor.dtype}, which is not supported; supported: {', '.join(DTYPES)}"
+            f"{tensor.file}: {tensor.name} is {tensor.dtype}, which is not supported; supported: {supported}"
         )
     if tensor.shape != tuple(slot.target.shape):
         raise ConfigError(
-            f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, config.json says {list(slot.target.shape)}"
+            f"{tensor.file}: {tensor.name} has shape {list(tensor.shape)}, its config says {list(slot.target.shape)}"
         )
-
-
-def _copy_file(path: Path, targets: list[WeightSlot]) -> None:
-    with open_weights(path) as handle:
-        for slot in targets:
-            try:
-                slot.target.copy_(handle.get_tensor(slot.name))
-            except ValueError as error:
-                raise ConfigError(f"{path}: {slot.name} cannot be quantized: it {error}") from None

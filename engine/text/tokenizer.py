@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvbaton.engine.gguf_file import GgufFile, find_gguf
 from kvbaton.engine.request import InvalidRequest
 from kvbaton.engine.text.detokenizer import ByteDetokenizer, IncrementalDetokenizer, WindowDetokenizer, unicode_to_bytes
+from kvbaton.engine.text.gguf_tokenizer import read_gguf_tokenizer
 from kvbaton.settings import ConfigError
 
 _RUST_FILE = "tokenizer.json"
@@ -20,10 +22,13 @@ _TOKENIZER_FILES = (_RUST_FILE, "tokenizer.model", "vocab.json")
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raise `ConfigError` when a model folder's tokenizer is missing, damaged, or of a kind that nothing here converts.
+    """Raise `ConfigError` when a model's tokenizer is missing, damaged, or of a kind that nothing here converts.
 
     Takes the seconds of a load only where there is no tokenizer.json.
     """
+    if find_gguf(folder) is not None:
+        Tokenizer.load(folder)
+        return
     _check_present(folder)
     path = folder / _RUST_FILE
     if not path.exists():
@@ -61,7 +66,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """The tokenizer of a model folder; raises `ConfigError` naming what is missing or damaged."""
+        """The tokenizer of a model folder or a GGUF file; raises `ConfigError` naming what is missing or damaged."""
+        gguf = find_gguf(folder)
+        if gguf is not None:
+            return cls(read_gguf_tokenizer(GgufFile.open(gguf)))
         if not folder.is_dir():
             raise ConfigError(f"model folder {folder} does not exist or is not a folder")
         _check_present(folder)

@@ -39,6 +39,13 @@ transfer:
 """
 
 
+def test_a_model_is_called_as_its_folder_or_file(tmp_path: Path) -> None:
+    names = {
+        path: load(tmp_path, f"model: {{path: {path}}}").model_id for path in ("/models/Qwen3-8B", "/m/S-1.Q4_1.gguf")
+    }
+    assert names == {"/models/Qwen3-8B": "Qwen3-8B", "/m/S-1.Q4_1.gguf": "S-1.Q4_1"}
+
+
 def test_every_value_of_a_file_arrives(tmp_path: Path) -> None:
     config = load(tmp_path, FULL)
     assert config.engine.model == Path("/models/qwen")

@@ -163,11 +163,11 @@ def test_truncated_weights_are_named(folder: Path) -> None:
         ),
         (
             lambda t: t.update({"model.layers.0.self_attn.k_proj.weight": torch.ones(64, 64)}),
-            r"k_proj\.weight has shape \[64, 64\], config\.json says \[32, 64\]",
+            r"k_proj\.weight has shape \[64, 64\], its config says \[32, 64\]",
         ),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}),
-            r"model\.norm\.weight is I8, which is not supported; supported: float32",
+            r"model\.norm\.weight is I8, which is not supported; supported: BF16, F16, F32",
         ),
     ],
 )
