@@ -9,50 +9,15 @@ half layer. Attention reads K and V from the paged pool only: a chunk's own are 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
-from kvbaton.engine.model.model_config import ModelConfig, RopeConfig, RopeType
+from kvbaton.engine.model.model_config import ModelConfig
 from kvbaton.engine.model.moe import run_experts, runs_without_host_sync
+from kvbaton.engine.model.rotary import RotaryTables
 from kvbaton.engine.model.weights import AttentionWeights, DecoderWeights, Int8Matrix, Matrix, MlpWeights, MoeWeights
 from kvbaton.kernels.backend import Kernels
 from kvbaton.kernels.meta import AttentionMeta
-
-
-@dataclass(frozen=True, slots=True)
-class RotaryTables:
-    """cos and sin of every position, each [num_positions, head_dim / 2] float32: angles lose too much in 16 bits."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-    @classmethod
-    def of(cls, rope: RopeConfig, head_dim: int, num_positions: int, device: torch.device) -> RotaryTables:
-        positions = torch.arange(num_positions, dtype=torch.int64).float()
-        angles = positions.unsqueeze(1) * _inverse_frequencies(rope, head_dim).unsqueeze(0)
-        return cls(angles.cos().to(device), angles.sin().to(device))
-
-
-def _inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """[head_dim / 2] float32 on the CPU, in radians per position.
-
-    Scaling follows the published formulas: LINEAR divides all frequencies; LLAMA3 (Llama 3.1) keeps wavelengths below
-    `original / high_freq_factor`, divides those above `original / low_freq_factor`, and blends linearly in between.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    frequencies = 1.0 / rope.theta**exponents
-    if rope.kind is RopeType.LINEAR:
-        return frequencies / rope.factor
-    if rope.kind is RopeType.LLAMA3:
-        # how often a frequency goes round within the context that the model was first trained on
-        turns = rope.original_max_positions * frequencies / (2 * math.pi)
-        keep = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        keep = keep.clamp(0.0, 1.0)
-        return keep * frequencies + (1.0 - keep) * frequencies / rope.factor
-    return frequencies
 
 
 class Decoder:

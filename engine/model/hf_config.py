@@ -11,8 +11,9 @@ from pathlib import Path
 
 from kvbaton.engine.gguf_file import GgufFile, find_gguf
 from kvbaton.engine.model.gguf_config import gguf_fields
+from kvbaton.engine.model.hf_rope import check_rope_sizes, read_rope
 from kvbaton.engine.model.json_fields import JsonFields
-from kvbaton.engine.model.model_config import Architecture, ModelConfig, MoeConfig, RopeConfig, RopeType
+from kvbaton.engine.model.model_config import Architecture, ModelConfig, MoeConfig
 from kvbaton.settings import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -66,9 +67,9 @@ def parse_model_config(fields: JsonFields, extra_eos: tuple[int, ...] = ()) -> M
         num_kv_heads=_num_kv_heads(fields, arch, heads),
         head_dim=fields.optional_integer("head_dim")
         or (128 if arch is Architecture.QWEN3 else hidden // max(heads, 1)),
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-5 if arch is Architecture.MIXTRAL else 1e-6),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-5 if arch in (Architecture.MIXTRAL, Architecture.PHI3) else 1e-6),
         max_position_embeddings=fields.integer("max_position_embeddings"),
-        rope=_rope(fields, arch),
+        rope=read_rope(fields, arch),
         sliding_windows=_sliding_windows(fields, arch, num_layers),
         qkv_bias=attention_bias or arch is Architecture.QWEN2,
         o_bias=attention_bias,
@@ -101,42 +102,10 @@ def _refuse_unsupported(fields: JsonFields) -> None:
 
 
 def _num_kv_heads(fields: JsonFields, arch: Architecture, heads: int) -> int:
-    if fields.has("num_key_value_heads") or arch is Architecture.LLAMA or fields.is_null("num_key_value_heads"):
+    optional = arch in (Architecture.LLAMA, Architecture.PHI3)
+    if fields.has("num_key_value_heads") or optional or fields.is_null("num_key_value_heads"):
         return fields.optional_integer("num_key_value_heads") or heads
     raise fields.error("num_key_value_heads is missing")
-
-
-def _rope(fields: JsonFields, arch: Architecture) -> RopeConfig:
-    scaling = (
-        fields.section("rope_parameters") or fields.section("rope_scaling") or fields.empty_section("rope_scaling")
-    )
-    default_theta = 1e6 if arch is Architecture.MIXTRAL else 1e4
-    theta = scaling.number("rope_theta", fields.number("rope_theta", default_theta))
-    name = scaling.string("rope_type", scaling.string("type", "default"))
-    for nested in (_FULL, _SLIDING):
-        if scaling.has(nested):
-            raise fields.error("rope parameters that differ by layer type are not supported")
-    if scaling.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)) != 1.0:
-        raise fields.error("partial_rotary_factor other than 1 is not supported")
-    if name not in {kind.value for kind in RopeType}:
-        raise fields.error(f"rope type {name!r} is not supported; supported: {', '.join(RopeType)}")
-    kind = RopeType(name)
-    if kind is RopeType.DEFAULT:
-        return RopeConfig(theta)
-    if kind is RopeType.LINEAR:
-        return RopeConfig(theta, kind, factor=scaling.number("factor"))
-    # transformers lets a top-level value win over the one in the section, and falls back to the maximum length
-    trained = fields.optional_integer("original_max_position_embeddings") or scaling.optional_integer(
-        "original_max_position_embeddings"
-    )
-    return RopeConfig(
-        theta,
-        kind,
-        factor=scaling.number("factor"),
-        low_freq_factor=scaling.number("low_freq_factor"),
-        high_freq_factor=scaling.number("high_freq_factor"),
-        original_max_positions=trained or fields.integer("max_position_embeddings"),
-    )
 
 
 def _sliding_windows(fields: JsonFields, arch: Architecture, num_layers: int) -> tuple[int | None, ...]:
@@ -161,7 +130,7 @@ def _sliding_windows(fields: JsonFields, arch: Architecture, num_layers: int) ->
 def _window(fields: JsonFields, arch: Architecture) -> int | None:
     if arch is Architecture.LLAMA or (arch in _QWEN and not fields.flag("use_sliding_window")):
         return None
-    missing_means = None if arch is Architecture.MIXTRAL else 4096
+    missing_means = None if arch in (Architecture.MIXTRAL, Architecture.PHI3) else 4096
     if not fields.has("sliding_window") and not fields.is_null("sliding_window"):
         return missing_means
     return fields.optional_integer("sliding_window")
@@ -203,18 +172,7 @@ def _check_sizes(fields: JsonFields, config: ModelConfig) -> None:
     for window in config.sliding_windows:
         if window is not None and window < 1:
             raise fields.error(f"sliding_window must be at least 1, got {window}")
-    _check_rope(fields, config.rope)
-    if config.head_dim % 2:
-        raise fields.error(f"head_dim {config.head_dim} is odd; rotary embedding needs pairs")
+    check_rope_sizes(fields, config.rope, config.head_dim)
     for token in config.eos_token_ids:
         if not 0 <= token < config.vocab_size:
             raise fields.error(f"eos_token_id {token} is not in the vocabulary of {config.vocab_size}")
-
-
-def _check_rope(fields: JsonFields, rope: RopeConfig) -> None:
-    if rope.theta <= 0 or rope.factor <= 0:
-        raise fields.error(f"rope_theta {rope.theta:g} and factor {rope.factor:g} must be above 0")
-    if rope.high_freq_factor <= rope.low_freq_factor:
-        raise fields.error(
-            f"high_freq_factor {rope.high_freq_factor:g} must exceed low_freq_factor {rope.low_freq_factor:g}"
-        )

@@ -100,6 +100,14 @@ class JsonFields:
             raise self._wrong(name, "an integer or a list of integers")
         return tuple(items)
 
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of numbers; absent is empty."""
+        value = self._values.get(name)
+        items = [] if value is None else value
+        if not isinstance(items, list) or any(isinstance(n, bool) or not isinstance(n, int | float) for n in items):
+            raise self._wrong(name, "a list of numbers")
+        return tuple(map(float, items))
+
     def section(self, name: str) -> JsonFields | None:
         """A nested object, None when absent or empty."""
         value = self._values.get(name)

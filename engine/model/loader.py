@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -62,6 +62,7 @@ def load_model(
     """Raises `ConfigError` that names the file, tensor or option at fault. `dtype` auto is the one saved."""
     config = load_model_config(folder)
     checkpoint = open_checkpoint(folder, config)
+    config = replace(config, rope=config.rope.at_length(max_positions or config.max_position_embeddings))
     chosen = resolve_dtype(config, dtype)
     started = time.monotonic()
     weights = load_weights(config, checkpoint, chosen, device, quantization)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 
 class Architecture(enum.StrEnum):
@@ -21,6 +21,7 @@ class Architecture(enum.StrEnum):
     MISTRAL = "MistralForCausalLM"
     MIXTRAL = "MixtralForCausalLM"
     QWEN3_MOE = "Qwen3MoeForCausalLM"
+    PHI3 = "Phi3ForCausalLM"
 
 
 class RopeType(enum.StrEnum):
@@ -29,11 +30,17 @@ class RopeType(enum.StrEnum):
     DEFAULT = "default"
     LINEAR = "linear"
     LLAMA3 = "llama3"
+    DYNAMIC = "dynamic"
+    YARN = "yarn"
+    LONGROPE = "longrope"
 
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary embedding; the three fields after `factor` belong to LLAMA3 alone."""
+    """Rotary embedding: `rotary_factor` of each head turns, and cos and sin are multiplied by `attention_factor`.
+
+    The two fields after `factor` belong to LLAMA3, the betas and `truncate` to YARN, the lists to LONGROPE.
+    """
 
     theta: float
     kind: RopeType = RopeType.DEFAULT
@@ -41,6 +48,28 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    rotary_factor: float = 1.0
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()  # one for each turning pair of dimensions
+    long_factors: tuple[float, ...] = ()
+
+    def rotary_dim(self, head_dim: int) -> int:
+        return int(head_dim * self.rotary_factor)
+
+    def at_length(self, max_positions: int) -> RopeConfig:
+        """What an engine computes whose sequences have up to `max_positions` tokens.
+
+        LONGROPE: one list for every sequence, the short one where no sequence can be longer than the first trained
+        length. transformers takes the long list from the first step at which a sequence is longer, so within that
+        length an engine of long contexts differs from it. DYNAMIC changes nothing up to the model's maximum length, and
+        longer sequences are not served.
+        """
+        if self.kind is RopeType.LONGROPE and max_positions > self.original_max_positions:
+            return replace(self, short_factors=self.long_factors)
+        return self
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,16 @@ import torch
 from kvbaton.engine.model.model_config import ModelConfig
 from kvbaton.engine.model.weights import DecoderWeights, Int8Matrix, Part, empty_weights, slots, tie
 
-_GAINS = {Part.Q: 1.6, Part.K: 1.6, Part.V: 1.0, Part.GATE: 1.0, Part.UP: 1.0, Part.ROUTER: 3.0, Part.LM_HEAD: 5.0}
+_GAINS = {
+    Part.QKV: 1.4,
+    Part.Q: 1.6,
+    Part.K: 1.6,
+    Part.V: 1.0,
+    Part.GATE: 1.0,
+    Part.UP: 1.0,
+    Part.ROUTER: 3.0,
+    Part.LM_HEAD: 5.0,
+}
 _OUTPUT_GAIN = 2.0
 _TIED_OUTPUT_GAIN = 8.0  # else the token just read, whose embedding is its own logit row, wins again
 

@@ -117,6 +117,7 @@ class Part(enum.Enum):
     LM_HEAD = enum.auto()
     NORM = enum.auto()
     QK_NORM = enum.auto()
+    QKV = enum.auto()
     Q = enum.auto()
     K = enum.auto()
     V = enum.auto()
@@ -216,7 +217,7 @@ def slots(
         yield from _attention_slots(f"{prefix}.self_attn", config, layer.attention)
         yield WeightSlot(f"{prefix}.post_attention_layernorm.weight", layer.post_norm, Part.NORM)
         if isinstance(layer.mlp, MlpWeights):
-            yield from _mlp_slots(f"{prefix}.mlp", layer.mlp)
+            yield from _mlp_slots(f"{prefix}.mlp", config, layer.mlp)
         elif naming is ExpertNaming.STACKED:
             yield from _stacked_expert_slots(f"{prefix}.mlp", layer.mlp)
         else:
@@ -233,6 +234,10 @@ def tie(config: ModelConfig, weights: DecoderWeights) -> None:
 
 
 def _attention_slots(prefix: str, config: ModelConfig, attention: AttentionWeights) -> Iterator[WeightSlot]:
+    if config.architecture is Architecture.PHI3:
+        yield WeightSlot(f"{prefix}.qkv_proj.weight", attention.qkv, Part.QKV)
+        yield WeightSlot(f"{prefix}.o_proj.weight", attention.out, Part.OUT)
+        return
     sizes = [config.q_size, config.kv_size, config.kv_size]
     projections = (("q_proj", Part.Q), ("k_proj", Part.K), ("v_proj", Part.V))
     for (name, part), rows in zip(projections, row_parts(attention.qkv, sizes), strict=True):
@@ -248,7 +253,11 @@ def _attention_slots(prefix: str, config: ModelConfig, attention: AttentionWeigh
         yield WeightSlot(f"{prefix}.k_norm.weight", attention.k_norm, Part.QK_NORM)
 
 
-def _mlp_slots(prefix: str, mlp: MlpWeights) -> Iterator[WeightSlot]:
+def _mlp_slots(prefix: str, config: ModelConfig, mlp: MlpWeights) -> Iterator[WeightSlot]:
+    if config.architecture is Architecture.PHI3:
+        yield WeightSlot(f"{prefix}.gate_up_proj.weight", mlp.gate_up, Part.GATE)
+        yield WeightSlot(f"{prefix}.down_proj.weight", mlp.down, Part.DOWN)
+        return
     gate, up = row_parts(mlp.gate_up, [mlp.gate_up.shape[0] // 2] * 2)
     yield WeightSlot(f"{prefix}.gate_proj.weight", gate, Part.GATE)
     yield WeightSlot(f"{prefix}.up_proj.weight", up, Part.UP)

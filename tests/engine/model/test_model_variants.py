@@ -16,6 +16,7 @@ from kvbaton.engine.model.checkpoint import Checkpoint
 from kvbaton.engine.model.decoder import Decoder
 from kvbaton.engine.model.hf_config import load_model_config
 from kvbaton.engine.model.loader import load_model
+from kvbaton.engine.model.native_decoder import NativeDecoder, native_decoder
 from kvbaton.kernels.meta import build_attention_meta
 from support.oracle import reference_model
 
@@ -31,6 +32,9 @@ class Variant:
 
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 128}
+PHI_LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.4, 1.9, 2.0],
+            "long_factor": [1.0, 1.5, 3.0, 6.0, 12.0, 30.0], "partial_rotary_factor": 0.75}  # fmt: skip
 VARIANTS = (
     Variant("linear rope, every bias", "Llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LINEAR}),
     Variant("tied, wide heads", "Llama", {"tie_word_embeddings": True, "head_dim": 32, "num_key_value_heads": 1}),
@@ -45,7 +49,22 @@ VARIANTS = (
             "moe_intermediate_size": 32, "decoder_sparse_step": 2, "head_dim": 16}),
     Variant("window on all layers", "Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 4, "norm_topk_prob": True,
             "moe_intermediate_size": 32, "use_sliding_window": True, "sliding_window": 20}),
+    Variant("yarn", "Qwen2", {"rope_parameters": YARN}),
+    Variant("yarn with its own scale", "Llama", {"rope_parameters": YARN | {"attention_factor": 1.3, "truncate": False,
+            "beta_fast": 16.0, "beta_slow": 2.0}}),
+    Variant("yarn as DeepSeek writes it", "Qwen3", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5},
+            "head_dim": 16}),
+    Variant("dynamic rope", "Mistral", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
+    Variant("longrope", "Llama", {"rope_parameters": PHI_LONG | {"partial_rotary_factor": 1.0, "factor": 4.0,
+            "short_factor": [1.0] * 8, "long_factor": [1.0, 1.2, 1.5, 2.0, 4.0, 8.0, 8.0, 9.0],
+            "original_max_position_embeddings": 64}}),
+    Variant("plain", "Phi3", {"pad_token_id": 0, "eos_token_id": 0}),
+    Variant("half of each head turns", "Phi3", {"pad_token_id": 0, "eos_token_id": 0, "sliding_window": 20,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    Variant("longrope, partial", "Phi3", {"pad_token_id": 0, "eos_token_id": 0, "rope_parameters": PHI_LONG,
+            "original_max_position_embeddings": 64}),
 )  # fmt: skip
+LONGROPES = tuple(variant for variant in VARIANTS if "longrope" in variant.name)
 COMMON = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -71,7 +90,11 @@ def _save(variant: Variant, folder: Path) -> Path:
     return folder
 
 
-def _logits(decoder: Decoder, tokens: list[int]) -> torch.Tensor:
+def _plain(decoder: Decoder) -> Decoder:
+    return decoder
+
+
+def _logits(decoder: Decoder | NativeDecoder, tokens: list[int]) -> torch.Tensor:
     config = decoder.config
     cache = torch.zeros(8, config.num_layers, 2, config.num_kv_heads, 16, config.head_dim)
     meta = build_attention_meta([len(tokens)], [len(tokens)], [range(8)], 16, CPU)
@@ -85,7 +108,22 @@ def test_what_transformers_saves_computes_the_same_here(variant: Variant, tmp_pa
     tokens = torch.randint(256, (100,), generator=torch.Generator().manual_seed(1)).tolist()
     with torch.inference_mode():
         wanted = reference_model(folder)(torch.tensor([tokens])).logits[0]
-    torch.testing.assert_close(_logits(load_model(folder, CPU).decoder, tokens), wanted, atol=TOLERANCE, rtol=0)
+    for form in (_plain, native_decoder):
+        decoder = form(load_model(folder, CPU).decoder)
+        torch.testing.assert_close(_logits(decoder, tokens), wanted, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("variant", LONGROPES, ids=lambda variant: variant.family)
+def test_an_engine_of_short_contexts_takes_the_short_factors(variant: Variant, tmp_path: Path) -> None:
+    """transformers chooses by each sequence; kept keys can't be turned again, so an engine chooses once."""
+    folder = _save(variant, tmp_path)
+    tokens = torch.randint(256, (64,), generator=torch.Generator().manual_seed(1)).tolist()
+    with torch.inference_mode():
+        wanted = reference_model(folder)(torch.tensor([tokens])).logits[0]
+    short, long = load_model(folder, CPU, max_positions=64), load_model(folder, CPU, max_positions=65)
+    torch.testing.assert_close(_logits(short.decoder, tokens), wanted, atol=TOLERANCE, rtol=0)
+    assert (_logits(long.decoder, tokens) - wanted).abs().max() > 0.01
+    assert short.fingerprint != long.fingerprint  # neither may read the other's keys
 
 
 @pytest.mark.parametrize("variant", VARIANTS[6:8], ids=lambda variant: variant.family)
@@ -102,7 +140,7 @@ def test_stacked_experts_load_like_single_ones(variant: Variant, tmp_path: Path)
     assert torch.equal(_logits(load_model(folder, CPU).decoder, tokens), wanted)
 
 
-@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6]], ids=lambda variant: variant.family)
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[6], VARIANTS[9], VARIANTS[12], *LONGROPES])
 def test_old_style_config_reads_the_same(variant: Variant, tmp_path: Path) -> None:
     """Guards hub checkpoints from before transformers 5: rope_theta, rope_scaling, torch_dtype."""
     folder = _save(variant, tmp_path)
