@@ -19,6 +19,7 @@ from kvbaton.engine.gguf_file import find_gguf
 from kvbaton.engine.model.json_fields import JsonFields
 from kvbaton.settings import ConfigError
 
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names, and those of config.json
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SAMPLE_BYTES = 512
@@ -42,7 +43,7 @@ class Checkpoint:
 
     origin: Path
     tensors: tuple[StoredTensor, ...]
-    kinds: frozenset[str] = frozenset({"F32", "BF16", "F16"})
+    kinds: frozenset[str] = frozenset(FLOATS)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -61,6 +62,12 @@ class Checkpoint:
     @property
     def names(self) -> frozenset[str]:
         return frozenset(tensor.name for tensor in self.tensors)
+
+    @property
+    def main_dtype(self) -> str | None:
+        """The float type that most bytes are stored in, as config.json would call it; None where there is none."""
+        sizes = {name: sum(t.num_bytes for t in self.tensors if t.dtype == kind) for kind, name in FLOATS.items()}
+        return max(sizes, key=lambda name: sizes[name]) if any(sizes.values()) else None
 
     def digest(self) -> str:
         """Hex digest of every tensor's name, dtype, shape and a sample of its bytes; independent of the sharding."""
@@ -135,7 +142,7 @@ def open_weights(path: Path, framework: str = "pt") -> Iterator[Any]:
 
 def _read_header(path: Path) -> Iterator[StoredTensor]:
     """The 8-byte length and JSON header of a safetensors file, checked by the library first."""
-    with open_weights(path):
+    with open_weights(path, framework="numpy"):
         pass
     with path.open("rb") as handle:
         header_bytes = int.from_bytes(handle.read(8), "little")

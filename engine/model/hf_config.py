@@ -7,14 +7,19 @@ transformers computes.
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 from kvbaton.engine.gguf_file import GgufFile, find_gguf
+from kvbaton.engine.model.checkpoint import Checkpoint
 from kvbaton.engine.model.gguf_config import gguf_fields
 from kvbaton.engine.model.hf_rope import check_rope_sizes, read_rope
 from kvbaton.engine.model.json_fields import JsonFields
 from kvbaton.engine.model.model_config import Architecture, ModelConfig, MoeConfig
 from kvbaton.settings import ConfigError
+
+log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -38,7 +43,7 @@ def load_model_config(folder: Path) -> ModelConfig:
     fields = JsonFields.read(folder / "config.json")
     config = parse_model_config(fields, _generation_eos(folder / "generation_config.json"))
     _check_sizes(fields, config)
-    return config
+    return config if fields.has("dtype") or fields.has("torch_dtype") else _with_stored_dtype(config, folder)
 
 
 def check_quantization(model: ModelConfig, quantization: str) -> None:
@@ -154,6 +159,12 @@ def _dtype(fields: JsonFields) -> str:
     if name not in DTYPES:
         raise fields.error(f"dtype {name!r} is not supported; supported: {', '.join(DTYPES)}")
     return name
+
+
+def _with_stored_dtype(config: ModelConfig, folder: Path) -> ModelConfig:
+    stored = Checkpoint.open(folder).main_dtype or config.dtype
+    log.info("%s names no dtype; most of its weights are %s", folder / "config.json", stored)
+    return replace(config, dtype=stored)
 
 
 def _generation_eos(path: Path) -> tuple[int, ...]:

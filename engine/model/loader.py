@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAMES_SHOWN = 5
+_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ENDS = frozenset({_EMBED, _HEAD})
 
 AnyCheckpoint = Checkpoint | GgufCheckpoint
 
@@ -64,6 +66,7 @@ def load_model(
     checkpoint = open_checkpoint(folder, config)
     config = replace(config, rope=config.rope.at_length(max_positions or config.max_position_embeddings))
     chosen = resolve_dtype(config, dtype)
+    config = _untied(config, checkpoint, chosen)
     started = time.monotonic()
     weights = load_weights(config, checkpoint, chosen, device, quantization)
     took_s, gigabytes = time.monotonic() - started, checkpoint.num_bytes / 1e9
@@ -101,6 +104,18 @@ def open_checkpoint(model: Path, config: ModelConfig) -> AnyCheckpoint:
     return Checkpoint.open(model) if gguf is None else GgufCheckpoint(GgufFile.open(gguf), config)
 
 
+def _untied(config: ModelConfig, checkpoint: AnyCheckpoint, dtype: torch.dtype) -> ModelConfig:
+    """The same, without the tie where the checkpoint holds an output projection that in `dtype` is not the embedding.
+    transformers decides alike."""
+    if not config.tie_word_embeddings or not checkpoint.names >= _ENDS:
+        return config
+    one, other = (values for _, values in checkpoint.values(_ENDS))
+    if one.shape == other.shape and torch.equal(one.to(dtype), other.to(dtype)):
+        return config
+    log.info("%s holds an lm_head.weight unlike its embedding: used, despite tie_word_embeddings", checkpoint.origin)
+    return replace(config, tie_word_embeddings=False)
+
+
 def load_weights(
     config: ModelConfig, checkpoint: AnyCheckpoint, dtype: torch.dtype, device: torch.device, quantization: str = "none"
 ) -> DecoderWeights:
@@ -110,6 +125,8 @@ def load_weights(
     """
     weights = empty_weights(config, dtype, device, quantization)
     by_name = {slot.name: slot for slot in slots(config, weights, _expert_naming(checkpoint))}
+    if config.tie_word_embeddings and checkpoint.names & _ENDS == {_HEAD}:
+        by_name[_HEAD] = by_name.pop(_EMBED)  # of two that are one, either may be the one that is stored
     _check_names(config, checkpoint, frozenset(by_name))
     for tensor in checkpoint.tensors:
         if tensor.name in by_name:
@@ -141,8 +158,8 @@ def _expert_naming(checkpoint: AnyCheckpoint) -> ExpertNaming:
 
 def _check_names(config: ModelConfig, checkpoint: AnyCheckpoint, expected: frozenset[str]) -> None:
     found = frozenset(name for name in checkpoint.names if not name.endswith(".rotary_emb.inv_freq"))
-    if config.tie_word_embeddings:
-        found -= {"lm_head.weight"}
+    if config.tie_word_embeddings and _HEAD not in expected:
+        found -= {_HEAD}
     missing, unexpected = expected - found, found - expected
     if missing:
         raise ConfigError(f"{checkpoint.origin} lacks {_some(missing)} of a {config.architecture}")

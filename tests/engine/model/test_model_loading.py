@@ -16,9 +16,9 @@ from kvbaton.engine.model.checkpoint import Checkpoint
 from kvbaton.engine.model.hf_config import load_model_config
 from kvbaton.engine.model.loader import load_model, load_weights, random_model
 from kvbaton.engine.model.model_config import Architecture, MoeConfig, RopeConfig, RopeType
-from kvbaton.engine.model.weights import slots
+from kvbaton.engine.model.weights import Int8Matrix, slots
 from kvbaton.settings import ConfigError
-from support.oracle import FAMILIES, TinyModels
+from support.oracle import FAMILIES, TinyModels, reference_model
 
 CPU = torch.device("cpu")
 
@@ -179,14 +179,59 @@ def test_tensors_that_do_not_fit_are_named(folder: Path, edit: Edit, message: st
 
 
 def test_stored_rotary_buffers_and_tied_heads_are_no_surprise(tiny_model: TinyModels, tmp_path: Path) -> None:
-    """Old checkpoints carry both; neither is a weight of ours."""
+    """Old checkpoints carry both; the first is no weight of ours, the second is the embedding again."""
     folder = Path(shutil.copytree(tiny_model("qwen2"), tmp_path / "model"))
     before = load_model(folder, CPU)
-    _edit_tensors(folder, lambda t: t.update({"lm_head.weight": torch.zeros(512, 64)}))
+    _edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     _edit_tensors(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
     after = load_model(folder, CPU)
     assert after.decoder.weights.lm_head is after.decoder.weights.embed
     assert torch.equal(after.decoder.weights.lm_head, before.decoder.weights.embed)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("head", ["other", "equal", "alone"])
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_head_beside_a_tie_computes_what_transformers_does(
+    tiny_model: TinyModels, tmp_path: Path, family: str, head: str, quantization: str
+) -> None:
+    """Guards fine-tunes that trained a head of their own under a config that ties: it was dropped in silence."""
+    folder = Path(shutil.copytree(tiny_model(family), tmp_path / "model"))
+    _edit_config(folder, tie_word_embeddings=True)
+
+    def edit(tensors: dict[str, Any]) -> None:
+        embed = tensors["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = embed.clone() if head == "equal" else embed.flip(0).contiguous()
+        if head == "alone":
+            del tensors["model.embed_tokens.weight"]
+
+    _edit_tensors(folder, edit)
+    loaded = load_model(folder, CPU, quantization=quantization)
+    assert loaded.config.tie_word_embeddings == (head != "other")
+    wanted = reference_model(folder)
+    assert torch.equal(loaded.decoder.weights.embed, wanted.get_input_embeddings().weight)
+    lm_head = loaded.decoder.weights.lm_head
+    if isinstance(lm_head, Int8Matrix):
+        again = Int8Matrix.empty(*lm_head.shape, CPU)
+        again.copy_(wanted.lm_head.weight.detach())
+        assert torch.equal(lm_head.weight, again.weight)
+    else:
+        assert torch.equal(lm_head, wanted.lm_head.weight)
+        assert (lm_head is loaded.decoder.weights.embed) == (head != "other")
+
+
+def test_weights_say_their_dtype_where_the_config_does_not(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards memory: 16-bit weights without a dtype in config.json were held in 32 bits."""
+    _edit_config(folder, dtype=None, torch_dtype=None)
+    assert load_model_config(folder).dtype == "float32"
+    _edit_tensors(folder, lambda tensors: tensors.update({name: t.bfloat16() for name, t in tensors.items()}))
+    assert load_model_config(folder).dtype == "bfloat16"
+    _edit_tensors(folder, lambda tensors: tensors.update({n: t.float() for n, t in tensors.items() if "norm" in n}))
+    with caplog.at_level("INFO"):
+        assert load_model(folder, CPU).decoder.dtype == torch.bfloat16
+    assert "config.json names no dtype; most of its weights are bfloat16" in caplog.text
+    _edit_config(folder, dtype="float16")
+    assert load_model(folder, CPU).decoder.dtype == torch.float16
 
 
 def test_a_damaged_index_is_named(folder: Path) -> None:
