@@ -15,6 +15,7 @@ QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 GPU_BLOCK_SIZE = 32  # larger ones leave more slots held and unused
 CPU_BLOCK_SIZE = 16
 DEFAULT_CHUNK_TOKENS = 512
+MAX_REGENERATED = 256  # generated tokens that a step computes again: each is a decode piece, with scratch of its own
 
 
 @dataclass(frozen=True, slots=True)

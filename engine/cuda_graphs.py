@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvbaton.engine.batch import ScheduledRow
+from kvbaton.engine.batch import BatchLayout, ScheduledRow
 from kvbaton.engine.pending import TokenFeed
 from kvbaton.kernels.meta import AttentionMeta
 
@@ -194,9 +194,10 @@ class DecodeGraphs:
         self._starts = torch.arange(largest.rows + 1, dtype=torch.int32, device=decoder.device)
         self._graphs: dict[Bucket, _Graph] = {}
 
-    def bucket(self, rows: list[ScheduledRow]) -> Bucket | None:
-        """The bucket of `rows`; None for rows of several tokens, and for more or longer rows than any graph takes."""
-        if any(row.num_tokens != 1 for row in rows):
+    def bucket(self, rows: list[ScheduledRow], layout: BatchLayout) -> Bucket | None:
+        """The bucket of `rows`; None for prompts and rows of several tokens, and for more or longer rows than any graph
+        takes."""
+        if layout.num_decodes != len(layout.owners) or len(layout.owners) != len(rows):
             return None
         longest = max(row.start for row in rows) + 1
         return self.sizes.bucket(len(rows), -(-longest // self._block_size))

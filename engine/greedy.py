@@ -35,9 +35,10 @@ def generate(decoder: Decoder, prompts: Sequence[Sequence[int]], num_tokens: int
     lengths = [0] * len(prompts)
     tokens: list[list[int]] = [[] for _ in prompts]
     gaps = [float("inf")] * len(prompts)
-    for _ in range(num_tokens):
+    for step in range(num_tokens):
+        decodes = len(prompts) if step else 0
         lengths = [length + len(new) for length, new in zip(lengths, query, strict=True)]
-        meta = build_attention_meta([len(new) for new in query], lengths, tables, _BLOCK_SIZE, decoder.device)
+        meta = build_attention_meta([len(new) for new in query], lengths, tables, _BLOCK_SIZE, decoder.device, decodes)
         flat = torch.tensor([token for new in query for token in new], device=decoder.device)
         hidden = decoder.forward(flat, kv_cache, meta)
         best = decoder.logits(hidden[meta.cu_seqlens_q[1:].long() - 1]).topk(2, dim=-1)

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from kvbaton.engine.config import BatchConfig, CacheConfig
+from kvbaton.engine.config import MAX_REGENERATED, BatchConfig, CacheConfig
 from kvbaton.engine.kv.kv_cache import KVGeometry
 from kvbaton.engine.model.model_config import ModelConfig
 from kvbaton.settings import ConfigError
@@ -56,11 +56,11 @@ def step_workspace_bytes(model: ModelConfig, batch: BatchConfig, itemsize: int, 
     Activations of a layer for every token; logits of every running row, in the model's dtype and in float32, for
     this step and the one before; the parts of split attention; K and V of a layer for `gathered_tokens`.
     """
-    tokens = max(batch.max_tokens_per_step, batch.max_running)
+    tokens, decodes = max(batch.max_tokens_per_step, batch.max_running), batch.max_running + MAX_REGENERATED
     inner = max(model.intermediate_size, model.moe.intermediate_size * model.moe.top_k if model.moe else 0)
     layer = 4 * model.hidden_size + 3 * model.q_size + 2 * model.kv_size + 3 * inner
     logits = batch.max_running * model.vocab_size * (itemsize + 8)
-    parts = batch.max_running * model.num_heads * MAX_ATTENTION_SPLITS * (model.head_dim + 2) * 4
+    parts = decodes * model.num_heads * MAX_ATTENTION_SPLITS * (model.head_dim + 2) * 4
     gathered = 2 * gathered_tokens * model.kv_size * itemsize
     return int(SLACK * (tokens * layer * itemsize + logits + 2 * parts + gathered))
 

@@ -42,14 +42,11 @@ def mark_of(device: torch.device) -> Mark | None:
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
-    """`rows` are in the order in which they were computed; number k of them was number `order[k]` of those scheduled.
-
-    `drawn` has a token for each sample of each row, or will have. `end` marks the end of the step on its device: the
+    """`drawn` has a token for each sample of each row, or will have. `end` marks the end of the step on its device: the
     inner chunks of a prompt draw nothing that could be waited for, yet their blocks go to a peer once it has landed.
     """
 
     rows: list[ScheduledRow]
-    order: list[int]
     drawn: PendingTokens | list[SampledToken]
     prompt_logprobs: list[PromptLogprobs | None]
     end: Mark | None = None
@@ -65,18 +62,16 @@ class LaunchedStep:
             again = set(drawn.redrawn)
         else:
             sampled = drawn
-        count, at = len(self.rows), 0
-        tokens: list[tuple[SampledToken, ...]] = [()] * count
-        prompt_logprobs: list[PromptLogprobs | None] = [None] * count
+        at = 0
+        tokens: list[tuple[SampledToken, ...]] = []
         redrawn = []
-        for row, place, logprobs in zip(self.rows, self.order, self.prompt_logprobs, strict=True):
+        for place, row in enumerate(self.rows):
             end = at + len(row.samples)
-            tokens[place] = tuple(sampled[at:end])
-            prompt_logprobs[place] = logprobs
+            tokens.append(tuple(sampled[at:end]))
             if not again.isdisjoint(range(at, end)):
                 redrawn.append(place)
             at = end
-        return StepResult(tokens, prompt_logprobs, tuple(redrawn))
+        return StepResult(tokens, self.prompt_logprobs, tuple(redrawn))
 
 
 class TokenFeed:

@@ -1,6 +1,6 @@
 """One step on the device: scheduled rows in, sampled tokens out, in the same order.
 
-    rows -> single-token rows first -> ragged batch -> hidden states -> logits of the rows that draw -> tokens
+    rows -> pieces, see `BatchLayout` -> ragged batch -> hidden states -> logits of the rows that draw -> tokens
 
 The runner remembers one thing about a sequence: between two chunks of a prompt whose `prompt_logprobs` are asked for,
 the hidden state of its last computed token, from which the next chunk's first log-probability comes.
@@ -8,14 +8,14 @@ the hidden state of its last computed token, from which the next chunk's first l
 
 from __future__ import annotations
 
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
-from kvbaton.engine.batch import SampledToken, ScheduledRow, StepResult
+from kvbaton.engine.batch import BatchLayout, SampledToken, ScheduledRow, StepResult
 from kvbaton.engine.cuda_graphs import DecodeGraphs, DecodePass
 from kvbaton.engine.pending import LaunchedStep, PromptLogprobs, TokenFeed, mark_of
 from kvbaton.engine.sampling.device_sampler import DeviceSampler, PendingTokens
@@ -64,43 +64,48 @@ class Runner:
 
         Another step may be launched before this one is waited for. On CUDA this returns while the device computes; on
         the CPU everything is done by then, and only the tokens are held back."""
-        order = sorted(range(len(rows)), key=lambda i: rows[i].num_tokens != 1)  # stable: single tokens first
-        ordered = [rows[i] for i in order]
-        hidden = self._forward(ordered)
-        prompt_logprobs = self._prompt_logprobs(ordered, hidden)
-        drawn = self._sample(ordered, hidden)
-        return LaunchedStep(ordered, order, drawn, prompt_logprobs, mark_of(self._decoder.device))
+        layout = BatchLayout.of(rows)
+        hidden = self._forward(rows, layout)
+        prompt_logprobs = self._prompt_logprobs(rows, layout, hidden)
+        drawn = self._sample(rows, layout, hidden)
+        return LaunchedStep(rows, drawn, prompt_logprobs, mark_of(self._decoder.device))
 
-    def _forward(self, rows: list[ScheduledRow]) -> torch.Tensor:  # [num_tokens, hidden], valid until the next step
-        bucket = self._graphs.bucket(rows) if self._graphs is not None else None
+    def _forward(self, rows: list[ScheduledRow], layout: BatchLayout) -> torch.Tensor:
+        """[num_tokens, hidden], valid until the next step."""
+        bucket = self._graphs.bucket(rows, layout) if self._graphs is not None else None
         if self._graphs is not None and bucket is not None:
             return self._graphs.forward(rows, bucket, self._feed)
-        return self._decoder.forward(self._token_ids(rows), self._pool, self._meta(rows))
+        return self._decoder.forward(self._token_ids(rows, layout), self._pool, self._meta(rows, layout))
 
-    def _meta(self, rows: list[ScheduledRow]) -> AttentionMeta:
+    def _meta(self, rows: list[ScheduledRow], layout: BatchLayout) -> AttentionMeta:
         return build_attention_meta(
-            [row.num_tokens for row in rows],
-            [row.start + row.num_tokens for row in rows],
-            [row.seq.block_table for row in rows],
+            layout.lens,
+            [start + count for start, count in zip(layout.starts, layout.lens, strict=True)],
+            [rows[i].seq.block_table for i in layout.owners],
             self._block_size,
             self._decoder.device,
+            layout.num_decodes,
         )
 
-    def _token_ids(self, rows: list[ScheduledRow]) -> torch.Tensor:  # [num_tokens] int64
-        flat = chain.from_iterable(self._feed.tokens(row) for row in rows)
+    def _token_ids(self, rows: list[ScheduledRow], layout: BatchLayout) -> torch.Tensor:  # [num_tokens] int64
+        tokens, first = [self._feed.tokens(row) for row in rows], [row.start for row in rows]
+        pieces = zip(layout.owners, layout.starts, layout.lens, strict=True)
+        flat = chain.from_iterable(tokens[i][start - first[i] : start - first[i] + count] for i, start, count in pieces)
         ids = torch.from_numpy(np.fromiter(flat, dtype=np.int64))
         if self._decoder.device.type == "cuda":
             ids = ids.pin_memory().to(self._decoder.device, non_blocking=True)
         self._feed.fill(rows, ids)
         return ids
 
-    def _sample(self, rows: list[ScheduledRow], hidden: torch.Tensor) -> PendingTokens | list[SampledToken]:
+    def _sample(
+        self, rows: list[ScheduledRow], layout: BatchLayout, hidden: torch.Tensor
+    ) -> PendingTokens | list[SampledToken]:
         """hidden [num_tokens, hidden]; only the last token of each row that draws becomes logits."""
         drawing = [i for i, row in enumerate(rows) if row.samples]
         if not drawing:
             self._feed.drew([], [])
             return []
-        logits = self._decoder.logits(_last_rows(hidden, rows, drawing))  # [len(drawing), vocab]
+        logits = self._decoder.logits(_rows_at(hidden, [layout.last[i] for i in drawing]))  # [len(drawing), vocab]
         draws = [_draw(rows[i], sample, place) for place, i in enumerate(drawing) for sample in rows[i].samples]
         if self._sampler is not None and self._sampler.takes(draws):
             pending = self._sampler.start(logits, draws)
@@ -110,13 +115,14 @@ class Runner:
         self._feed.drew(draws, [token.token_id for token in sampled])
         return sampled
 
-    def _prompt_logprobs(self, rows: list[ScheduledRow], hidden: torch.Tensor) -> list[PromptLogprobs | None]:
+    def _prompt_logprobs(
+        self, rows: list[ScheduledRow], layout: BatchLayout, hidden: torch.Tensor
+    ) -> list[PromptLogprobs | None]:
         results: list[PromptLogprobs | None] = [None] * len(rows)
-        end = 0
         for i, row in enumerate(rows):
-            start, end = end, end + row.num_tokens
-            if row.seq.sampling.prompt_logprobs is not None and not row.seq.num_outputs:
-                results[i] = self._row_logprobs(row, hidden[start:end])
+            if row.seq.sampling.prompt_logprobs is not None and not row.seq.num_outputs:  # all prompt: one piece
+                end = layout.last[i] + 1
+                results[i] = self._row_logprobs(row, hidden[end - row.num_tokens : end])
         return results
 
     def _row_logprobs(self, row: ScheduledRow, hidden: torch.Tensor) -> PromptLogprobs:
@@ -148,12 +154,11 @@ def _draw(row: ScheduledRow, sample: int, place: int) -> Draw:
     return Draw(row.seq, sample, place, row.start + row.num_tokens - len(row.seq.tokens))
 
 
-def _last_rows(hidden: torch.Tensor, rows: list[ScheduledRow], drawing: list[int]) -> torch.Tensor:
-    """[len(drawing), hidden]: the state of the last token of each row in `drawing`."""
-    if len(drawing) == hidden.shape[0]:
+def _rows_at(hidden: torch.Tensor, places: list[int]) -> torch.Tensor:
+    """[len(places), hidden]"""
+    if places == list(range(hidden.shape[0])):
         return hidden  # one token a row, and all of them draw
-    ends = list(accumulate(row.num_tokens for row in rows))
-    last = torch.tensor([ends[i] - 1 for i in drawing])
+    index = torch.tensor(places)
     if hidden.is_cuda:
-        last = last.pin_memory().to(hidden.device, non_blocking=True)
-    return hidden[last]
+        index = index.pin_memory().to(hidden.device, non_blocking=True)
+    return hidden[index]

@@ -128,6 +128,6 @@ class Sequence:
             block = self.tokens[start : start + block_size]
             if len(block) < block_size:
                 raise ValueError(f"block {len(self._hashes)} is not full: {len(self.tokens)} tokens of {block_size}")
-            parent = extend_hash(parent, block)
+            parent = extend_hash(parent, block, self.num_prompt - start)
             self._hashes.append(parent)
         return self._hashes[:num_blocks]

@@ -1,11 +1,14 @@
 """The shape of one ragged batch: which tokens are whose, at which position, and where their KV lies.
 
-Built once a step from host lists, then read by every layer. Decode rows (one query token) come first:
+Built once a step from host lists, then read by every layer. A *piece* is a run of query tokens of one sequence; those
+that are decodes, of one token, come first:
 
-    tokens      [ d0 | d1 | d2 | p3 p3 p3 p3 p3 | p4 p4 p4 ]     num_decodes = 3
-    cu_seqlens  [ 0    1    2    3               8         11 ]
+    tokens      [ d0 | d1 | d1 | p3 p3 p3 p3 p3 | p4 ]     num_decodes = 3
+    cu_seqlens  [ 0    1    2    3               8   9 ]
 
-A sequence with q query tokens and a context of c tokens has its queries at positions c - q .. c - 1.
+A piece of q tokens and a context of c tokens has its queries at positions c - q .. c - 1. Whoever builds a batch says
+how many pieces are decodes: decode and prefill attention add in different orders, so a piece of a prompt goes to the
+second though it has one token. Pieces of one sequence may share its block table: each sees the keys of its own context.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ class AttentionMeta:
 
     positions: torch.Tensor  # [num_tokens] int64
     slot_mapping: torch.Tensor  # [num_tokens] int64: block_id * block_size + offset
-    block_tables: torch.Tensor  # [num_seqs, max_blocks] int32, rows padded with block 0
+    block_tables: torch.Tensor  # [num_seqs, max_blocks] int32, one row a piece, padded with block 0
     cu_seqlens_q: torch.Tensor  # [num_seqs + 1] int32
     context_lens: torch.Tensor  # [num_seqs] int32, tokens of this step included
     num_decodes: int
@@ -49,15 +52,19 @@ def build_attention_meta(
     block_tables: Sequence[Sequence[int]],
     block_size: int,
     device: torch.device,
+    num_decodes: int,
 ) -> AttentionMeta:
     """One host buffer, one copy to the device. Block tables may be longer than the context needs, never shorter.
 
-    Raises ValueError where a sequence has no query, more queries than context, or too few blocks.
+    Raises ValueError where a piece has no query, more queries than context, or too few blocks, and where one of the
+    first `num_decodes` has several queries.
     """
     q = np.asarray(query_lens, dtype=np.int64)
     c = np.asarray(context_lens, dtype=np.int64)
     needed = -(-c // block_size)
     _check(q, c, needed, block_tables)
+    if not 0 <= num_decodes <= len(q) or (q[:num_decodes] != 1).any():
+        raise ValueError(f"{num_decodes} decode pieces of one query in {q.tolist()}")
     tables = _pad_tables(block_tables, needed)
     cu = np.zeros(len(q) + 1, dtype=np.int64)
     np.cumsum(q, out=cu[1:])
@@ -73,7 +80,7 @@ def build_attention_meta(
         block_tables=short[2 * num_seqs + 1 :].view(num_seqs, tables.shape[1]),
         cu_seqlens_q=short[: num_seqs + 1],
         context_lens=short[num_seqs + 1 : 2 * num_seqs + 1],
-        num_decodes=_leading_ones(q),
+        num_decodes=num_decodes,
         query_lens=tuple(query_lens),
         context_lens_host=tuple(context_lens),
         max_context_len=int(c.max(initial=0)),
@@ -93,7 +100,7 @@ def _check(
     bad = np.flatnonzero((q < 1) | (q > c) | (have < needed))
     if len(bad):
         i = int(bad[0])
-        raise ValueError(f"sequence {i}: {q[i]} queries in a context of {c[i]}, {have[i]} of {needed[i]} blocks")
+        raise ValueError(f"piece {i}: {q[i]} queries in a context of {c[i]}, {have[i]} of {needed[i]} blocks")
 
 
 def _pad_tables(
@@ -106,11 +113,6 @@ def _pad_tables(
     tables = np.zeros((len(needed), width), dtype=np.int64)
     tables[np.arange(width) < needed[:, None]] = np.fromiter(used, dtype=np.int64, count=total)
     return tables
-
-
-def _leading_ones(q: npt.NDArray[np.int64]) -> int:
-    longer = np.flatnonzero(q != 1)
-    return int(longer[0]) if len(longer) else len(q)
 
 
 def _to_device(flat: npt.NDArray[np.int64] | npt.NDArray[np.int32], device: torch.device) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvbaton.engine.batch import ScheduledRow
-from kvbaton.engine.config import BatchConfig
+from kvbaton.engine.config import MAX_REGENERATED, BatchConfig
 from kvbaton.engine.kv.kv_manager import KVManager, OutOfBlocks
 from kvbaton.engine.sequence import Sequence, Status
 from kvbaton.prefill_worker.queue import HoldLimit, PrefillQueue
@@ -50,11 +50,12 @@ class PrefillScheduler:
         self.queue.remove(seq)
 
     def schedule(self, budget_tokens: int, now: float) -> PrefillPlan:
-        """Rows of at most `budget_tokens` tokens together, most urgent prompts first."""
+        """Rows of at most `budget_tokens` tokens together, `MAX_REGENERATED` of them past their prompts, most urgent
+        prompts first."""
         plan = PrefillPlan([], [])
-        room = True
+        room, regenerated = True, MAX_REGENERATED
         for seq in self.queue.ordered(now):
-            if budget_tokens <= 0:
+            if budget_tokens <= 0 or regenerated <= 0:
                 break
             if seq.in_flight == seq.num_uncomputed:
                 continue  # its last chunk is on its way
@@ -66,7 +67,9 @@ class PrefillScheduler:
                     continue
                 plan.started.append(seq)
             left = seq.num_uncomputed - seq.in_flight
-            take = min(left, self._chunk_tokens, budget_tokens)
+            prompt_left = max(0, seq.num_prompt - seq.num_scheduled)
+            take = min(left, self._chunk_tokens, budget_tokens, prompt_left + regenerated)
+            regenerated -= max(0, take - prompt_left)
             plan.rows.append(ScheduledRow(seq, take, seq.samples if take == left else (), seq.in_flight))
             budget_tokens -= take
         return plan

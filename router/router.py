@@ -215,7 +215,8 @@ class _Hashes:
     def of(self, block_size: int) -> list[BlockHash]:
         hashes = self._by_size.get(block_size)
         if hashes is None and self.request is not None:
-            hashes = block_hashes(self.request.context, block_size, self.request.cache_salt)
+            request = self.request
+            hashes = block_hashes(request.context, block_size, request.cache_salt, len(request.prompt))
             self._by_size[block_size] = hashes
         return hashes or []
 

@@ -43,7 +43,8 @@ def _attention(config: ModelConfig, name: str, tokens: int, clock: Clock) -> Ite
     queries, blocks, scale = min(tokens, QUERIES), -(-tokens // GPU_BLOCK_SIZE), config.head_dim**-0.5
     pool = torch.randn((blocks, 1, 2, kv_heads, GPU_BLOCK_SIZE, head_dim), device=device).to(DTYPE)
     q = torch.randn((queries, heads, head_dim), device=device).to(DTYPE)
-    meta = build_attention_meta([queries], [tokens], [torch.randperm(blocks).tolist()], GPU_BLOCK_SIZE, device)
+    table = torch.randperm(blocks).tolist()
+    meta = build_attention_meta([queries], [tokens], [table], GPU_BLOCK_SIZE, device, 0)
     tables, cu_q, lens = meta.block_tables, meta.cu_seqlens_q, meta.context_lens
     cu_k = torch.tensor([0, tokens], dtype=torch.int32, device=device)
 

@@ -58,7 +58,7 @@ def logits_equal_cpu(dtype: str, limit: float, bench: Bench) -> Outcome:
         config = decoder.config
         shape = (6, config.num_layers, 2, config.num_kv_heads, 16, config.head_dim)
         pool = torch.zeros(shape, dtype=decoder.dtype, device=device)
-        meta = build_attention_meta([len(prompt)], [len(prompt)], [range(6)], 16, device)
+        meta = build_attention_meta([len(prompt)], [len(prompt)], [range(6)], 16, device, 0)
         hidden = decoder.forward(torch.tensor(prompt, device=device), pool, meta)
         rows.append(decoder.logits(hidden).cpu().double())
     want, got = rows

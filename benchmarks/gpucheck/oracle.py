@@ -67,9 +67,10 @@ def make_step(shape: Shape, generator: torch.Generator) -> Step:
         for which, x in enumerate(pair):
             fill(pool, table, which, to_kv(x, shape.pool_dtype))
     wide = [tuple(to_kv(x, shape.pool_dtype).double() for x in pair) for pair in pairs]
+    decodes = next((i for i, queries in enumerate(shape.queries) if queries > 1), len(shape.queries))
     return Step(
         shape=shape,
-        meta=build_attention_meta(shape.queries, shape.contexts, tables, shape.block_size, device),
+        meta=build_attention_meta(shape.queries, shape.contexts, tables, shape.block_size, device, decodes),
         pool=pool,
         q=normal((sum(shape.queries), shape.heads, shape.head_dim), shape.dtype, generator),
         keys=tuple(k for k, _ in wide),

@@ -6,7 +6,8 @@
  * weights, scores and values are products with them, and the softmax goes along ("online").
  *
  * Parts begin at multiples of SPAN of the position, so a row's result depends on its own context and on nothing else:
- * not on the batch, not on how its prompt was cut into chunks.
+ * not on the batch, not on how its prompt was cut into chunks. The two add in different orders: which of them a token
+ * goes through is the caller's choice and must not depend on its company either.
  */
 
 #ifndef KVB_ATTENTION_ONCE

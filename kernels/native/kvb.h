@@ -45,7 +45,7 @@ typedef struct {
     const kvb_layer *layers;
 } kvb_model;
 
-/* One ragged batch; sequences with one query first. See kernels/meta.py. */
+/* One ragged batch, here "sequences" are its pieces: decodes of one query first. See kernels/meta.py. */
 typedef struct {
     int64_t num_tokens, num_seqs, num_decodes, table_width, max_context, block_size, pool_layers;
     const int64_t *positions;    /* [num_tokens] */

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvbaton.engine.batch import ScheduledRow
+from kvbaton.engine.batch import BatchLayout, ScheduledRow
 from kvbaton.engine.config import BatchConfig, CacheConfig, EngineConfig
 from kvbaton.engine.cuda_graphs import (
     Bucket,
@@ -126,8 +126,12 @@ def test_the_static_buffer_holds_the_step_and_scratch_behind_it(rig: GraphRig) -
     for seq in (one, two, three):
         seq.block_table.extend(rig.driver.engine.kv.allocate(1))
     rows = [ScheduledRow(seq, 1, (0,)) for seq in (three, one, two)]
-    bucket = rig.graphs.bucket(rows)
+    bucket = rig.graphs.bucket(rows, BatchLayout.of(rows))
     assert bucket == Bucket(4, 8)
+    inner = rig.driver.add(prompts()[4])
+    for other in (ScheduledRow(inner, 1, ()), ScheduledRow(inner, 2, ())):
+        several = [*rows, other]
+        assert rig.graphs.bucket(several, BatchLayout.of(several)) is None, "a prompt, of one token too"
     rig.graphs._load(rows, bucket, TokenFeed(TorchDraw()))
     token_ids, meta = rig.graphs._views(bucket)
     size, at = 16, [seq.num_computed for seq in (three, one, two)]
@@ -268,9 +272,10 @@ def test_captured_steps_equal_eager_ones(tiny_model: TinyModels) -> None:
     driver.step(*((seq, seq.num_prompt) for seq in seqs))
     for batch in ((0, 1, 2), (2, 0), (1,)):
         rows = [driver._row(seqs[i], 1) for i in batch]
-        bucket = graphs.bucket(rows)
+        layout = BatchLayout.of(rows)
+        bucket = graphs.bucket(rows, layout)
         assert bucket is not None
         captured = graphs.forward(rows, bucket, engine._runner._feed).clone()
-        torch.testing.assert_close(captured, engine._runner._forward(rows), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(captured, engine._runner._forward(rows, layout), atol=1e-3, rtol=1e-3)
         driver.step(*((seqs[i], 1) for i in batch))
     driver.finish()

@@ -97,7 +97,7 @@ def test_the_memory_of_a_step_is_counted_in_full(config: EngineConfig) -> None:
     model = replace(model, num_heads=2, num_kv_heads=1, head_dim=6)
     batch = BatchConfig(max_tokens_per_step=100, max_running=8)
     layer = 4 * 10 + 3 * 12 + 2 * 6 + 3 * 20
-    wanted = 100 * layer * 2 + 8 * 1000 * (2 + 4 + 4) + 2 * 8 * 2 * 64 * (6 + 2) * 4
+    wanted = 100 * layer * 2 + 8 * 1000 * (2 + 4 + 4) + 2 * (8 + 256) * 2 * 64 * (6 + 2) * 4
     assert step_workspace_bytes(model, batch, 2) == wanted * 5 // 4
     assert step_workspace_bytes(model, batch, 2, gathered_tokens=1000) == (wanted + 2 * 1000 * 6 * 2) * 5 // 4
     decode = pytest.importorskip("kvbaton.kernels.triton_decode", reason="triton is not installed on this platform")

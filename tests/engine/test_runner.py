@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvbaton.engine import runner
-from kvbaton.engine.batch import ScheduledRow
+from kvbaton.engine.batch import BatchLayout, ScheduledRow
 from kvbaton.engine.config import CacheConfig, EngineConfig
 from kvbaton.engine.engine import Engine
 from kvbaton.kernels.meta import AttentionMeta
@@ -60,8 +60,9 @@ def test_a_mixed_step_equals_transformers(driver: EngineDriver, folder: Path, or
         assert output(seq) == oracle_tokens(folder, list(seq.request.prompt), TOKENS)
 
 
-def test_single_tokens_are_given_to_the_kernels_first(driver: EngineDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the fast decode kernel, which serves the leading rows of one token and no others."""
+def test_a_position_decides_how_its_token_is_computed(driver: EngineDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions past the prompt are decodes of one token, several of a row in one pass as well; those of the prompt
+    are not, in a piece of one token neither: else a resumed stream would differ in its last bits."""
     seen: list[tuple[int, tuple[int, ...]]] = []
     decoder = driver.engine._runner._decoder
     forward = decoder.forward
@@ -74,7 +75,13 @@ def test_single_tokens_are_given_to_the_kernels_first(driver: EngineDriver, monk
     one, two, three = (driver.add(prompts()[i]) for i in (1, 2, 3))
     driver.step((one, 16), (two, 31))
     driver.step((three, 20), (one, 1), (two, 1))
-    assert seen == [(0, (16, 31)), (2, (1, 1, 20))]
+    driver.step((three, 1), (one, 1), (two, 1))
+    assert seen == [(0, (16, 31)), (0, (20, 1, 1)), (2, (1, 1, 1))]
+    one.tokens.extend((30, 31, 32))
+    two.tokens.extend((40, 41))
+    one.num_computed = one.num_prompt - 2
+    driver.step((one, 7), (three, 1), (two, 3))
+    assert seen[3:] == [(8, (1,) * 8 + (2, 1))]
 
 
 class Marked:
@@ -97,9 +104,9 @@ def test_a_step_has_landed_when_its_device_is_through(
     story: list[str] = []
     inner = driver.engine._runner._forward
 
-    def forward(rows: list[ScheduledRow]) -> torch.Tensor:
+    def forward(rows: list[ScheduledRow], layout: BatchLayout) -> torch.Tensor:
         story.append("computed")
-        return inner(rows)
+        return inner(rows, layout)
 
     monkeypatch.setattr(driver.engine._runner, "_forward", forward)
     monkeypatch.setattr(runner, "mark_of", lambda device: Marked(story))

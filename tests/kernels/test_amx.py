@@ -188,9 +188,9 @@ def test_chunks_of_a_prompt_are_the_whole_prompt(products: Products) -> None:
     step = make_step(config, 4, sequences=((600, 600),)).copy(torch.bfloat16)
     pool, at, parts = step.pool.clone(), 0, []
     want = step.run(decoder)
-    for queries in (16, 100, 396, 88):
+    for queries in (16, 100, 1, 395, 87, 1):
         at += queries
-        meta = build_attention_meta([queries], [at], step.tables, 16, CPU)
+        meta = build_attention_meta([queries], [at], step.tables, 16, CPU, 0)
         parts.append(replace(step, ids=step.ids[at - queries : at], meta=meta, pool=pool).run(decoder))
     assert torch.equal(torch.cat(parts), want)
     assert torch.equal(pool.nan_to_num(), step.pool.nan_to_num())

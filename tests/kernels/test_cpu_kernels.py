@@ -140,7 +140,7 @@ def test_decode_rows_do_not_depend_on_their_batch(dtype: torch.dtype, kv_heads: 
     case = make_case(shape, seed=3)
     q, together = run_layer(CpuKernels(), case)
     for i, length in enumerate(lens):
-        meta = build_attention_meta([1], [length], [case.block_tables[i]], 16, CPU)
+        meta = build_attention_meta([1], [length], [case.block_tables[i]], 16, CPU, 1)
         alone = CpuKernels().paged_attention(q[i : i + 1], case.kv_cache, 1, meta, case.scale, None)
         assert torch.equal(alone[0], together[i]), f"row {i} of {length} tokens on {threads} threads"
 
@@ -153,7 +153,7 @@ def test_a_chunked_prompt_matches_the_whole_one() -> None:
     _, want = run_layer(kernels, whole)
     parts, start = [], 0
     for n in (48, 1, 81):
-        meta = build_attention_meta([n], [start + n], chunks.block_tables, 16, CPU)
+        meta = build_attention_meta([n], [start + n], chunks.block_tables, 16, CPU, 0)
         rows = slice(start, start + n)
         args = (chunks.q[rows], chunks.k[rows], chunks.v[rows], chunks.cos, chunks.sin)
         q = kernels.rope_and_write_kv(*args, chunks.kv_cache, 1, meta)

@@ -28,7 +28,7 @@ def test_a_captured_decode_step_stays_valid_while_contexts_grow() -> None:
     case = make_case(shape, seed=1, device=device)
     kernels = kernels_for(device)
     reference.write_kv(case.k, case.v, case.kv_cache, 1, case.meta.slot_mapping)
-    meta = build_attention_meta([1, 1], list(shape.context_lens), case.block_tables, shape.block_size, device)
+    meta = build_attention_meta([1, 1], list(shape.context_lens), case.block_tables, shape.block_size, device, 2)
     meta.context_lens.copy_(torch.tensor([17, 3]))
     kernels.paged_attention(case.q, case.kv_cache, 1, meta, case.scale, None)  # compiles outside the capture
     graph = torch.cuda.CUDAGraph()

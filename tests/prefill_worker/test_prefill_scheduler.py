@@ -57,6 +57,20 @@ def test_budget_is_shared_most_urgent_first() -> None:
     assert rig.rows(budget=0) == []
 
 
+def test_what_a_step_generates_again_is_limited() -> None:
+    """Each such token has scratch of its own, as a running stream has; those of prompts do not."""
+    scheduler = PrefillScheduler(KVManager(200, 4, prefix_cache=True), BatchConfig(), HoldLimit(200, BatchConfig()))
+    for number, emitted in enumerate((100, 200, 50)):
+        request = Request(f"r{number}", (number + 1,) * 10, SamplingParams(max_tokens=900), emitted=(7,) * emitted)
+        scheduler.add(Sequence(request, 0.0))
+    seen = []
+    while rows := scheduler.schedule(2048, 0.0).rows:
+        seen.append([(row.seq.request.request_id, row.num_tokens) for row in rows])
+        for row in rows:
+            scheduler.commit(row)
+    assert seen == [[("r2", 60), ("r0", 110), ("r1", 116)], [("r1", 94)]]
+
+
 def test_chunk_on_its_way_is_followed_by_the_next_and_the_last_is_waited_for() -> None:
     """Guards overlapping steps: nothing is computed twice."""
     rig = Rig()

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from kvbaton.engine.block_hash import block_hashes
-from kvbaton.engine.request import Request
+from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.router.engine_info import EngineInfo, EngineLoad, EngineState, Role
 from kvbaton.router.placement import EngineView, Local, Pair, Refused, RouterConfig, Unavailable
 from kvbaton.router.router import Booking, Router
@@ -90,6 +90,20 @@ def test_salt_separates_tenants() -> None:
     placement = world.router.place(replace(request, cache_salt="other"))
     assert isinstance(placement, Pair)
     assert placement.prefill_cached_tokens == 0
+
+
+def test_a_resume_finds_blocks_with_its_generated_tokens() -> None:
+    """Placed where it has least to compute; the same tokens as a prompt would not be found there."""
+    world = World(info("p0"), info("d0"))
+    request = replace(prompt(3), sampling=SamplingParams(max_tokens=400))
+    cut = len(request.prompt) - 20
+    resume = replace(request, prompt=request.prompt[:cut], emitted=request.prompt[cut:])
+    world.router.index.stored("p0", block_hashes(resume.context, 16, num_prompt=cut))
+    placed = [world.router.place(wanted) for wanted in (resume, request)]
+    assert [p.prefill_cached_tokens for p in placed if isinstance(p, Pair)] == [
+        len(request.prompt) - 1,
+        cut // 16 * 16,
+    ]
 
 
 def test_block_sizes_may_differ_between_engines() -> None:

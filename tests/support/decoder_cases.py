@@ -15,6 +15,7 @@ from kvbaton.engine.model.model_config import Architecture, ModelConfig, RopeCon
 from kvbaton.engine.model.weights import slots
 from kvbaton.engine.runner import ForwardPass
 from kvbaton.kernels.meta import AttentionMeta, build_attention_meta
+from support.kernel_cases import leading_ones
 
 CPU = torch.device("cpu")
 BASE = ModelConfig(
@@ -61,16 +62,17 @@ def make_step(config: ModelConfig, seed: int, block_size: int = 16, sequences: t
         for at, block in enumerate(table):
             kept = min(max(context - queries - at * block_size, 0), block_size)
             pool[block, :, :, :, :kept] = torch.randn(*shape[1:4], kept, shape[5], generator=g)
-    meta = build_attention_meta([q for q, _ in sequences], [c for _, c in sequences], tables, block_size, CPU)
+    queries, contexts = zip(*sequences, strict=True)
+    meta = build_attention_meta(queries, contexts, tables, block_size, CPU, leading_ones(queries))
     return Step(torch.randint(0, config.vocab_size, (meta.num_tokens,), generator=g), meta, pool, tables)
 
 
 def assert_alone_as_in_company(decoder: ForwardPass, step: Step, sequences: tuple = SEQUENCES) -> None:
     """Every sequence of `step` by itself gives the logits that it has among all, to the bit."""
     together, at = step.copy(step.pool.dtype).run(decoder), 0
-    for (queries, context), table in zip(sequences, step.tables, strict=True):
+    for i, ((queries, context), table) in enumerate(zip(sequences, step.tables, strict=True)):
         rows = slice(at, at + queries)
-        meta = build_attention_meta([queries], [context], [table], 16, CPU)
+        meta = build_attention_meta([queries], [context], [table], 16, CPU, int(i < step.meta.num_decodes))
         alone = replace(step, ids=step.ids[rows], meta=meta, pool=step.pool.clone()).run(decoder)
         assert torch.equal(alone, together[rows]), f"{queries} queries over {context} tokens"
         at += queries

@@ -53,6 +53,11 @@ class Case:
         return self.shape.head_dim**-0.5
 
 
+def leading_ones(query_lens: tuple[int, ...]) -> int:
+    """Pieces of one token before the first longer one: what goes as decodes unless a test says otherwise."""
+    return next((i for i, queries in enumerate(query_lens) if queries > 1), len(query_lens))
+
+
 def make_case(shape: Shape, seed: int, device: torch.device = CPU) -> Case:
     """Blocks of all sequences are shuffled over the pool; block 0, the padding id of block tables, stays poisoned."""
     g = torch.Generator().manual_seed(seed)
@@ -75,7 +80,9 @@ def make_case(shape: Shape, seed: int, device: torch.device = CPU) -> Case:
     angles = torch.rand(max(shape.context_lens), (shape.rotary_dim or shape.head_dim) // 2, generator=g) * 6.3
     return Case(
         shape=shape,
-        meta=build_attention_meta(shape.query_lens, shape.context_lens, tables, shape.block_size, device),
+        meta=build_attention_meta(
+            shape.query_lens, shape.context_lens, tables, shape.block_size, device, leading_ones(shape.query_lens)
+        ),
         kv_cache=pool.to(device),
         q=_randn(g, shape, total, shape.heads).to(device),
         k=_randn(g, shape, total, shape.kv_heads).to(device),

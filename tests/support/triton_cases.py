@@ -342,6 +342,7 @@ _LAYERS = {
     "head-dim-256": Shape((1, 9), (50, 40), heads=2, kv_heads=1, head_dim=256, block_size=64),
     "decode-only": Shape((1, 1), (3, 18)),
     "prefill-only": Shape((20, 70), (20, 70)),
+    "one-token-of-a-prompt": Shape((20, 1, 1), (20, 70, 1)),
     "mixed-bfloat16": replace(_BASE, dtype=torch.bfloat16),
     "bfloat16-head-128": Shape((1, 1, 200), (900, 40, 300), heads=8, head_dim=128, dtype=torch.bfloat16, block_size=32),
     "bfloat16-window": Shape((1, 200), (900, 300), heads=8, head_dim=64, dtype=torch.bfloat16, window=130),

@@ -18,6 +18,8 @@ from kvbaton.engine.kv.kv_manager import (
     KVManager,
     OutOfBlocks,
 )
+from kvbaton.engine.request import Request, SamplingParams
+from kvbaton.engine.sequence import Sequence
 
 BLOCK = 4
 
@@ -89,6 +91,25 @@ def test_released_prefixes_are_found_again(kv: KVManager) -> None:
     assert kv.match(hashes(2)) == first[:2]
     assert [kv.holders(block) for block in first] == [2, 2, 1]
     assert kv.counts() == BlockCounts(free=5, held=3, cached=0, total=8)
+
+
+def test_where_generated_tokens_begin_is_part_of_a_hash() -> None:
+    """Their KV differs in its last bits from that of a prompt; a block of prompt alone is the same for everyone."""
+    tokens = list(range(4 * BLOCK))
+    chains = {start: block_hashes(tokens, BLOCK, num_prompt=start) for start in range(1, 4 * BLOCK)}
+    prompt = block_hashes(tokens, BLOCK)
+    assert block_hashes(tokens, BLOCK, num_prompt=len(tokens)) == prompt
+    for start, chain in chains.items():
+        assert chain[: start // BLOCK] == prompt[: start // BLOCK]
+    made = [block_hash for start, chain in chains.items() for block_hash in chain[start // BLOCK :]]
+    assert len({*made, *prompt}) == len(made) + len(prompt)
+
+
+def test_a_sequence_names_its_blocks_as_the_router_does() -> None:
+    request = Request("r", tuple(range(2 * BLOCK + 1)), SamplingParams(max_tokens=99), (0,), (5,) * BLOCK, 1, "salt")
+    want = block_hashes(request.context, BLOCK, "salt", num_prompt=2 * BLOCK + 1)
+    assert Sequence(request, 0.0).hashes(BLOCK, 3) == want
+    assert want[2] != block_hashes(request.context, BLOCK, "salt")[2]
 
 
 def test_other_salts_and_other_tokens_do_not_match(kv: KVManager) -> None:

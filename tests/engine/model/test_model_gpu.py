@@ -20,7 +20,7 @@ def _logits(model: LoadedModel, prompt: list[int]) -> torch.Tensor:
     width = -(-len(prompt) // BLOCK_SIZE)
     shape = (width, config.num_layers, 2, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
     cache = torch.zeros(shape, dtype=model.decoder.dtype, device=device)
-    meta = build_attention_meta([len(prompt)], [len(prompt)], [range(width)], BLOCK_SIZE, device)
+    meta = build_attention_meta([len(prompt)], [len(prompt)], [range(width)], BLOCK_SIZE, device, 0)
     hidden = model.decoder.forward(torch.tensor(prompt, device=device), cache, meta)
     return model.decoder.logits(hidden).cpu()
 
@@ -30,7 +30,7 @@ def test_logits_on_the_gpu_equal_transformers(tiny_model: TinyModels, family: st
     """Guards the Triton kernels in their place: float32 within its rounding, bfloat16 within its own."""
     folder, prompt = tiny_model(family), prompts()[-1]
     wanted = oracle_logits(folder, prompt)
-    full = load_model(folder, torch.device("cuda"))
+    full = load_model(folder, torch.device("cuda"), 1)
     torch.testing.assert_close(_logits(full, prompt), wanted, atol=0.01, rtol=0)
     half = load_model(folder, torch.device("cuda"), "bfloat16")
     assert (_logits(half, prompt) - wanted).norm() / wanted.norm() < 0.15
@@ -44,7 +44,7 @@ def test_grouped_experts_wait_for_nothing(tiny_model: TinyModels) -> None:
     generate(model.decoder, [[1, 2, 3]], 2)  # compiles
     config = model.config
     cache = torch.zeros(1, config.num_layers, 2, config.num_kv_heads, BLOCK_SIZE, config.head_dim).bfloat16().cuda()
-    meta = build_attention_meta([1], [4], [[0]], BLOCK_SIZE, torch.device("cuda"))
+    meta = build_attention_meta([1], [4], [[0]], BLOCK_SIZE, torch.device("cuda"), 1)
     token = torch.tensor([5], device="cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

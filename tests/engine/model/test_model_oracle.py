@@ -41,8 +41,9 @@ class Pool:
     def run(self, seqs: list[int], chunks: list[list[int]], done: list[int]) -> list[torch.Tensor]:
         """Logits of each chunk, [len(chunk), vocab]; `done` tokens of each sequence are in the pool."""
         lens = [len(chunk) for chunk in chunks]
+        decodes = next((i for i, length in enumerate(lens) if length > 1), len(lens))
         contexts = [length + before for length, before in zip(lens, done, strict=True)]
-        meta = build_attention_meta(lens, contexts, [self.tables[i] for i in seqs], BLOCK_SIZE, CPU)
+        meta = build_attention_meta(lens, contexts, [self.tables[i] for i in seqs], BLOCK_SIZE, CPU, decodes)
         flat = torch.tensor([token for chunk in chunks for token in chunk])
         hidden = self.model.decoder.forward(flat, self.cache, meta)
         return list(self.model.decoder.logits(hidden).split(lens))

@@ -97,7 +97,7 @@ def _plain(decoder: Decoder) -> Decoder:
 def _logits(decoder: Decoder | NativeDecoder, tokens: list[int]) -> torch.Tensor:
     config = decoder.config
     cache = torch.zeros(8, config.num_layers, 2, config.num_kv_heads, 16, config.head_dim)
-    meta = build_attention_meta([len(tokens)], [len(tokens)], [range(8)], 16, CPU)
+    meta = build_attention_meta([len(tokens)], [len(tokens)], [range(8)], 16, CPU, 0)
     return decoder.logits(decoder.forward(torch.tensor(tokens), cache, meta))
 
 

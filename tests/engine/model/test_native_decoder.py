@@ -87,9 +87,9 @@ def test_chunks_of_a_prompt_are_the_whole_prompt(dtype: str) -> None:
     pool = step.pool.clone()
     want, at = step.run(decoder), 0
     parts = []
-    for queries in (16, 100, 396, 88):
+    for queries in (16, 100, 1, 395, 87, 1):
         at += queries
-        meta = build_attention_meta([queries], [at], step.tables, 16, CPU)
+        meta = build_attention_meta([queries], [at], step.tables, 16, CPU, 0)
         parts.append(Step(step.ids[at - queries : at], meta, pool, step.tables).run(decoder))
     assert torch.equal(torch.cat(parts), want)
     assert torch.equal(pool.nan_to_num(), step.pool.nan_to_num())
