@@ -79,9 +79,16 @@ class ChoiceText:
         if finish is not None:
             text += self._detokenizer.flush()
         if self._matcher is not None:
-            text, finish = self._match(self._matcher, text, finish)
+            text, finish = self._match(self._matcher, text + self._held(self._matcher, text), finish)
         self.done = finish is not None
         return Delta(self.index, text, output.token_id, output.logprobs, finish)
+
+    def _held(self, matcher: StopMatcher, text: str) -> str:
+        """Text that the detokenizer could still hold: a stop string counts with the token that completes it."""
+        held = self._detokenizer.whole()
+        if held and (self.tokens <= self._rules.min_tokens or matcher.would_match(text + held)):
+            return self._detokenizer.flush()
+        return ""
 
     def _match(self, matcher: StopMatcher, text: str, finish: FinishReason | None) -> tuple[str, FinishReason | None]:
         scan = matcher.push(text, armed=self.tokens > self._rules.min_tokens)

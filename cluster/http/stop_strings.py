@@ -69,6 +69,14 @@ class StopMatcher:
         self._held = buffer[len(buffer) - keep :]
         return Scan(buffer[: len(buffer) - keep])
 
+    def would_match(self, text: str) -> bool:
+        """Whether `push` would find a stop string in `text`."""
+        states = [automaton.state for automaton in self._automata]
+        found = any(self._step(char) is not None for char in text)
+        for automaton, state in zip(self._automata, states, strict=True):
+            automaton.state = state
+        return found
+
     def flush(self) -> str:
         """The text held back, once nothing more will come."""
         held, self._held = self._held, ""

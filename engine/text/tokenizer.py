@@ -7,13 +7,13 @@ importing this module costs nothing. Encoding and decoding then go straight to t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvbaton.engine.gguf_file import GgufFile, find_gguf
 from kvbaton.engine.request import InvalidRequest
-from kvbaton.engine.text.detokenizer import ByteDetokenizer, IncrementalDetokenizer, WindowDetokenizer, unicode_to_bytes
+from kvbaton.engine.text.detokenizer import ByteDetokenizer, IncrementalDetokenizer, PieceDetokenizer, unicode_to_bytes
 from kvbaton.engine.text.gguf_tokenizer import read_gguf_tokenizer
 from kvbaton.settings import ConfigError
 
@@ -62,7 +62,9 @@ class Tokenizer:
         self._special = frozenset(hf.all_special_ids) | {
             index for index, token in self._rust.get_added_tokens_decoder().items() if token.special
         }
-        self._byte_level = _is_byte_level(self._rust)
+        steps = _decoder_steps(self._rust)
+        self._byte_level = steps == ["ByteLevel"]
+        self._byte_of = _byte_tokens(self._rust) if "ByteFallback" in steps else {}
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -106,17 +108,21 @@ class Tokenizer:
         """The bytes that one token stands for."""
         if self._byte_level:
             return unicode_to_bytes(self._rust.id_to_token(token_id) or "")
-        piece = self._rust.id_to_token(token_id) or ""
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace("▁", " ").encode()
+        byte = self._byte_of.get(token_id)
+        if byte is not None:
+            return bytes([byte])
+        return (self._rust.id_to_token(token_id) or "").replace("▁", " ").encode()
 
-    def detokenizer(self, prompt: Sequence[int] = (), skip_special_tokens: bool = True) -> IncrementalDetokenizer:
-        """A fresh stream for the tokens that follow `prompt`."""
+    def detokenizer(
+        self, prompt: Sequence[int] = (), skip_special_tokens: bool = True, shown: Collection[str] = ()
+    ) -> IncrementalDetokenizer:
+        """A fresh stream for the tokens that follow `prompt`. Special tokens in `shown` are not skipped."""
         skipped = self._special if skip_special_tokens else frozenset[int]()
+        if skipped and shown:
+            skipped = skipped.difference(map(self._rust.token_to_id, shown))
         if self._byte_level:
             return ByteDetokenizer(self._rust.id_to_token, skipped)
-        return WindowDetokenizer(self._decode_all, skipped, prompt)
+        return PieceDetokenizer(self._decode_all, self._byte_of.get, skipped, prompt)
 
     def _decode_all(self, token_ids: list[int]) -> str:
         return self.decode(token_ids, skip_special_tokens=False)
@@ -166,7 +172,12 @@ def _read(folder: Path) -> Any:
         ) from error
 
 
-def _is_byte_level(rust: Any) -> bool:
+def _decoder_steps(rust: Any) -> list[str]:
     decoder = json.loads(rust.to_str()).get("decoder") or {}
-    inner = decoder.get("decoders", [decoder])
-    return [step.get("type") for step in inner] == ["ByteLevel"]
+    return [step.get("type") for step in decoder.get("decoders", [decoder])]
+
+
+def _byte_tokens(rust: Any) -> dict[int, int]:
+    """The byte of each byte-fallback token, by its id."""
+    ids = {byte: rust.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
+    return {token_id: byte for byte, token_id in ids.items() if token_id is not None}

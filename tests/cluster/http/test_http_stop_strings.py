@@ -7,8 +7,15 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
+from kvbaton.cluster.http.generation import ChoiceText, TextRules
 from kvbaton.cluster.http.stop_strings import Scan, StopMatcher
+from kvbaton.engine.request import TokenOutput
+from kvbaton.engine.text.tokenizer import Tokenizer
 
 _TEXT = st.text(alphabet="abé", max_size=24)
 _STOPS = st.lists(st.text(alphabet="abé", min_size=1, max_size=5), min_size=1, max_size=4, unique=True)
@@ -49,6 +56,17 @@ def test_equal_to_the_naive_search_whatever_the_pieces(
         assert shown + ("" if include else found) + rest == text
 
 
+@given(_TEXT, _TEXT, _STOPS)
+def test_a_match_can_be_foreseen(before: str, after: str, stops: list[str]) -> None:
+    matcher, other = StopMatcher(stops), StopMatcher(stops)
+    if matcher.push(before).stop is None:
+        other.push(before)
+        foreseen = matcher.would_match(after)
+        scan = other.push(after)
+        assert foreseen == (scan.stop is not None)
+        assert matcher.push(after) == scan
+
+
 @given(_TEXT, _STOPS)
 def test_holds_back_exactly_what_may_become_a_stop_string(text: str, stops: list[str]) -> None:
     """Guards against late text (too much held) and against showing the start of a stop string (too little)."""
@@ -87,3 +105,38 @@ def test_a_stop_string_over_many_pieces(include: bool) -> None:
     matcher = StopMatcher(["\n\nUser:"], include)
     assert [matcher.push(piece) for piece in ("Hi\n", "\nUs", "e")] == [Scan("Hi"), Scan(""), Scan("")]
     assert matcher.push("r: what") == Scan("\n\nUser:" if include else "", "\n\nUser:", " what")
+
+
+def byte_fallback() -> Tokenizer:
+    """Only "a" and "b" are pieces; all else, line breaks too, are byte tokens. Ids: byte + 1, then 257 and 258."""
+    pieces = ["<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "b"]
+    rust = RustTokenizer(BPE({piece: index for index, piece in enumerate(pieces)}, [], byte_fallback=True))
+    rust.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=rust))
+
+
+def say(text: str, rules: TextRules) -> tuple[str, int, bool]:
+    """The text shown, the tokens taken, and whether a stop string ended it."""
+    ids = [ord(char) - ord("a") + 257 if char in "ab" else [1 + byte for byte in char.encode()] for char in text]
+    choice = ChoiceText(0, byte_fallback().detokenizer(), rules)
+    shown = ""
+    for index, token in enumerate(itertools.chain.from_iterable([one] if isinstance(one, int) else one for one in ids)):
+        shown += choice.feed(TokenOutput("r", 0, 0, index, token)).text
+        if choice.done:
+            break
+    return shown, choice.tokens, choice.cut
+
+
+@pytest.mark.parametrize(
+    ("stop", "shown", "tokens"), [("😀", "a", 5), ("é\n", "a😀", 8), ("\n", "a😀é", 8), ("b", "a😀é\n", 9)]
+)
+@pytest.mark.parametrize("include", [False, True])
+def test_characters_of_several_byte_tokens(stop: str, shown: str, tokens: int, include: bool) -> None:
+    """Guards vocabularies with byte fallback: found with the last byte, not a token later."""
+    assert say("a😀é\nb", TextRules((stop,), include)) == (shown + stop * include, tokens, True)
+
+
+@pytest.mark.parametrize(("min_tokens", "shown"), [(0, "a"), (1, "a"), (2, "a\nb"), (3, "a\nb")])
+def test_min_tokens_with_a_byte_token(min_tokens: int, shown: str) -> None:
+    """The first line break is the second token: while that does not count it ends nothing, not even a token later."""
+    assert say("a\nb\n", TextRules(("\n",), min_tokens=min_tokens))[0] == shown

@@ -18,7 +18,6 @@ from tokenizers.models import BPE
 
 from kvbaton.engine.model.hf_config import load_model_config
 from kvbaton.engine.request import InvalidRequest
-from kvbaton.engine.text.detokenizer import WindowDetokenizer
 from kvbaton.engine.text.tokenizer import Tokenizer, check_tokenizer
 from kvbaton.settings import ConfigError
 from support.oracle import TinyModels
@@ -233,29 +232,6 @@ def test_a_word_after_a_prompt_keeps_its_space(sentencepiece_like: Tokenizer) ->
     prompt = tuple(sentencepiece_like.encode("the", add_special_tokens=False))
     sea = sentencepiece_like.encode("sea", add_special_tokens=False)
     assert "".join(_stream(sentencepiece_like, sea, prompt)) == " sea"
-
-
-def test_each_token_costs_the_same(sentencepiece_like: Tokenizer) -> None:
-    """Guards long outputs: no push may decode more than a few tokens, whatever came before."""
-    decoded: list[int] = []
-
-    def decode(token_ids: list[int]) -> str:
-        decoded.append(len(token_ids))
-        return sentencepiece_like.decode(token_ids)
-
-    stream = WindowDetokenizer(decode, frozenset())
-    for token in [*range(3, 259), *sentencepiece_like.encode("the sea " * 100)]:
-        stream.push(token)
-    assert max(decoded) == 10  # six of context and four held
-    assert len(decoded) == 2 * (256 + len(sentencepiece_like.encode("the sea " * 100)))
-
-
-def test_broken_bytes_are_not_held_for_ever(sentencepiece_like: Tokenizer) -> None:
-    """Guards a stream's pace and its constant cost: a run of stray bytes comes out as it goes."""
-    stray = 3 + 0x80
-    parts = _stream(sentencepiece_like, [stray] * 40)
-    assert sum(len(part) for part in parts) == 40
-    assert max(len(part) for part in parts) <= 4
 
 
 OFFLINE = """
