@@ -13,6 +13,7 @@ import torch
 from kvbaton.kernels.native_lib import native_library
 from support.fast_set import pytest_addoption, pytest_configure  # noqa: F401  hooks
 from support.oracle import TinyModels, oracle_tokens
+from support.real_model import ABSENT, real_model_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Longest first, so that no worker is left with them at the end: these wait for other processes most of the time.
@@ -55,6 +56,15 @@ def _one_thread() -> None:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     """`tiny_model("llama")` is the folder of that family's tiny checkpoint, made on first use."""
     return TinyModels(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct; the test is skipped where it has not been fetched."""
+    file = real_model_file()
+    if file is None:
+        pytest.skip(ABSENT)
+    return file
 
 
 @pytest.fixture(scope="session", name="oracle_tokens")
