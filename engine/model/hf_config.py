@@ -22,6 +22,15 @@ from kvbaton.settings import ConfigError
 log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
+_MODEL_TYPES = {
+    Architecture.LLAMA: "llama",
+    Architecture.QWEN2: "qwen2",
+    Architecture.QWEN3: "qwen3",
+    Architecture.MISTRAL: "mistral",
+    Architecture.MIXTRAL: "mixtral",
+    Architecture.QWEN3_MOE: "qwen3_moe",
+    Architecture.PHI3: "phi3",
+}
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _QWEN = (Architecture.QWEN2, Architecture.QWEN3, Architecture.QWEN3_MOE)
 _MOE = (Architecture.MIXTRAL, Architecture.QWEN3_MOE)
@@ -55,7 +64,7 @@ def check_quantization(model: ModelConfig, quantization: str) -> None:
 def parse_model_config(fields: JsonFields, extra_eos: tuple[int, ...] = ()) -> ModelConfig:
     """`extra_eos` are the end-of-sequence ids of generation_config.json, added to those of config.json."""
     arch = _architecture(fields)
-    _refuse_unsupported(fields)
+    _refuse_unsupported(fields, arch)
     num_layers = fields.integer("num_hidden_layers")
     heads = fields.integer("num_attention_heads")
     hidden = fields.integer("hidden_size")
@@ -97,7 +106,13 @@ def _architecture(fields: JsonFields) -> Architecture:
     return Architecture(names[0])
 
 
-def _refuse_unsupported(fields: JsonFields) -> None:
+def _refuse_unsupported(fields: JsonFields, arch: Architecture) -> None:
+    model_type = _MODEL_TYPES[arch]
+    if fields.string("model_type", model_type) != model_type:
+        found = fields.string("model_type")
+        raise fields.error(f"model_type {found!r} contradicts architectures, which needs {model_type!r}")
+    if fields.section("per_layer_config") is not None:
+        raise fields.error("per_layer_config is not supported: all layers have the same sizes")
     act = fields.string("hidden_act", "silu")
     if act != "silu":
         raise fields.error(f"hidden_act {act!r} is not supported; supported: silu")
@@ -143,6 +158,8 @@ def _window(fields: JsonFields, arch: Architecture) -> int | None:
 
 def _moe(fields: JsonFields, arch: Architecture, num_layers: int) -> MoeConfig:
     experts = fields.integer("num_local_experts" if fields.has("num_local_experts") else "num_experts")
+    if fields.integer("num_experts", experts) != experts:
+        raise fields.error(f"num_local_experts {experts} and num_experts {fields.integer('num_experts')} contradict")
     top_k = fields.integer("num_experts_per_tok")
     if not 1 <= top_k <= experts:
         raise fields.error(f"num_experts_per_tok {top_k} is not in [1, {experts}]")

@@ -96,7 +96,10 @@ def test_config_of_the_moe_checkpoint(moe_folder: Path) -> None:
             {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
             "high_freq_factor 4 must exceed low_freq_factor 4",
         ),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window must be at least 1, got 0"),
+        (
+            {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 0},
+            "sliding_window must be at least 1, got 0",
+        ),
     ],
 )
 def test_unsupported_options_are_refused_by_name(folder: Path, changes: dict[str, Any], message: str) -> None:
@@ -110,6 +113,13 @@ def test_unsupported_options_are_refused_by_name(folder: Path, changes: dict[str
 def test_more_experts_per_token_than_experts_is_refused(moe_folder: Path) -> None:
     _edit_config(moe_folder, num_experts_per_tok=9)
     with pytest.raises(ConfigError, match=r"num_experts_per_tok 9 is not in \[1, 8\]"):
+        load_model_config(moe_folder)
+
+
+def test_two_counts_of_experts_are_refused(moe_folder: Path) -> None:
+    """transformers takes whichever of the two comes last in the file."""
+    _edit_config(moe_folder, num_local_experts=4)
+    with pytest.raises(ConfigError, match="num_local_experts 4 and num_experts 8 contradict"):
         load_model_config(moe_folder)
 
 
