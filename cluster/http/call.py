@@ -8,6 +8,7 @@ Chat and plain completions share all of this; what differs they pass in. Everyth
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -115,12 +116,17 @@ class CallBuilder:
         self._stops = stop_strings(body.stop, service.limits)
 
     def add(
-        self, prompt: Prompt, logprobs: int | None, prompt_logprobs: int | None = None, discard: bool = False
+        self,
+        prompt: Prompt,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+        discard: bool = False,
+        shown: Collection[str] = (),
     ) -> None:
         """One prompt with its n choices.
 
         `logprobs` and `prompt_logprobs`: None = off, 0 = of the token itself, k = also of the k best. `discard`: the
-        answer is to have no new text.
+        answer is to have no new text. `shown`: special tokens that are text even where others are skipped.
         """
         service, body = self._service, self._body
         length = len(prompt.token_ids)
@@ -144,7 +150,7 @@ class CallBuilder:
         first = len(self.runs) * params.n
         detokenizer = service.tokenizer.detokenizer
         choices = [
-            ChoiceText(first + sample, detokenizer(prompt.token_ids, rules.skip_special), rules)
+            ChoiceText(first + sample, detokenizer(prompt.token_ids, rules.skip_special, shown), rules)
             for sample in range(params.n)
         ]
         self.runs.append(PromptRun(request, choices))

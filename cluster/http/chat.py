@@ -32,7 +32,7 @@ from kvbaton.cluster.http.prompts import read_chat, uses_tools
 from kvbaton.cluster.http.protocol import ChatRequest, parse_body
 from kvbaton.cluster.http.reply import GenerationReply
 from kvbaton.cluster.http.service import Service
-from kvbaton.cluster.http.tools import CallArguments, CallStart, Content, ToolCallParser, ToolEvent
+from kvbaton.cluster.http.tools import TAGS, CallArguments, CallStart, Content, ToolCallParser, ToolEvent
 from kvbaton.engine.request import MAX_TOP_LOGPROBS, FinishReason, TokenLogprobs
 
 
@@ -51,14 +51,15 @@ class ChatEndpoint:
         call_id = f"chatcmpl-{service.new_id()}"
         calls = CallBuilder(service, body, call_id, token_budget(body), time_limit_s(http, body))
         prompt = await read_chat(service.tokenizer, service.model, body)
-        calls.add(prompt, logprobs)
+        parser = self._parser(body)
+        calls.add(prompt, logprobs, shown=() if parser is None else TAGS)
         shape = ChatShape(
             head=answer_head(service, call_id, "chat.completion.chunk" if body.stream else "chat.completion"),
             extras=extras(body, logprobs is not None),
             choices=len(calls.runs[0].choices),
             prompt_ids=prompt.token_ids,
             texts=self._texts,
-            new_parser=self._parser(body),
+            new_parser=parser,
         )
         generation = calls.start()
         renderer: Renderer = ChatStream(shape, generation.usage) if body.stream else ChatWhole(shape)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from kvbaton.cluster.http.app import create_app
 from kvbaton.engine.request import FinishReason, Request, SamplingParams
+from kvbaton.engine.text.tiny_tokenizer import save_tokenizer
 from kvbaton.engine.text.tokenizer import Tokenizer
 from support.http_support import (
     MAX_MODEL_LEN,
@@ -243,6 +246,28 @@ async def test_tool_call_streamed(tokenizer: Tokenizer) -> None:
     assert "".join(call["function"]["arguments"] for call in calls) == '{"a": 1, "b": [2]}'
     assert joined(events) == "Adding."
     assert events[-1]["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "tool_calls"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_tags_that_are_special_tokens(tmp_path: Path, stream: bool) -> None:
+    """Special tokens are skipped, these two not while calls are read: or the call would be content."""
+    save_tokenizer(tmp_path, MAX_MODEL_LEN)
+    hf = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    hf.add_special_tokens({"additional_special_tokens": ["<tool_call>", "</tool_call>"]})
+    tokenizer = Tokenizer(hf)
+    client = ScriptedClient(say(tokenizer, CALL_TEXT + "<|bos|>", FinishReason.STOP))
+    told, untold = [await ask(client, tokenizer, stream=stream, **fields) for fields in ({"tools": [TOOL]}, {})]
+    if stream:
+        deltas = [event["choices"][0]["delta"] for event in told]
+        calls = [call["function"] for delta in deltas for call in delta.get("tool_calls", [])]
+        found = ["".join(call.get(key, "") for call in calls) for key in ("name", "arguments")]
+        texts = [joined(told), joined(untold)]
+    else:
+        messages = [reply["choices"][0]["message"] for reply in (told, untold)]
+        found = list(messages[0]["tool_calls"][0]["function"].values())
+        texts = [message["content"] for message in messages]
+    assert found == ["add", '{"a": 1, "b": [2]}']
+    assert texts == ["Adding.", CALL_TEXT.replace("<tool_call>", "").replace("</tool_call>", "")]
 
 
 async def test_no_tools_no_calls(tokenizer: Tokenizer) -> None:
