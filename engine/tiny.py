@@ -47,6 +47,7 @@ class Family(enum.StrEnum):
     MISTRAL = "mistral"
     MIXTRAL = "mixtral"
     QWEN3_MOE = "qwen3_moe"
+    PHI3 = "phi3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ _KNOWN_SEEDS = {
     Family.MISTRAL: 1,
     Family.MIXTRAL: 0,
     Family.QWEN3_MOE: 0,
+    Family.PHI3: 38,
 }
 
 
@@ -180,6 +182,12 @@ def _family_json(spec: TinySpec) -> dict[str, Any]:
             experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": spec.hidden}
             dense = {"mlp_only_layers": [0], "decoder_sparse_step": 1, "norm_topk_prob": True}
             return _named("Qwen3Moe", "qwen3_moe") | new_style | experts | dense
+        case Family.PHI3:
+            turning = spec.head_dim // 4  # pairs: half of each head turns
+            factors = {"short_factor": [1.0 + i / 8 for i in range(turning)], "long_factor": [4.0] * turning}
+            scaling = {"type": "longrope", "original_max_position_embeddings": spec.max_positions} | factors
+            partial = {"partial_rotary_factor": 0.5, "original_max_position_embeddings": spec.max_positions}
+            return _named("Phi3", "phi3") | old_style | partial | {"rope_scaling": scaling, "pad_token_id": 0}
 
 
 def _named(prefix: str, model_type: str) -> dict[str, Any]:

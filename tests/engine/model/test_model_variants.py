@@ -1,4 +1,4 @@
-"""Options that the six tiny checkpoints do not use, on models that transformers itself made and saved."""
+"""Options that the tiny checkpoints do not use, on models that transformers itself made and saved."""
 
 from __future__ import annotations
 
