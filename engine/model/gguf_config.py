@@ -29,6 +29,10 @@ _NOT_COMPUTED = (
     "final_logit_softcapping",
     "logit_scale",
     "residual_scale",
+    "rope.scaling.attn_factor",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_ext_factor",
+    "rope.scaling.yarn_log_multiplier",
 )
 _END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # Llama 3.1 and later; such a file stores the factors that follow from these, not these.
@@ -137,7 +141,9 @@ def _rope(file: GgufFile, family: str, head_dim: int) -> dict[str, Any]:
     if kind == "none" or (kind == "linear" and factor is None):
         return {"rope_theta": theta}
     trained = file.optional_integer(f"{family}.rope.scaling.original_context_length")
-    return {"rope_type": kind, "rope_theta": theta, "factor": factor, "original_max_position_embeddings": trained}
+    scaling = {"rope_type": kind, "rope_theta": theta, "factor": factor, "original_max_position_embeddings": trained}
+    betas = {name: file.optional_number(f"{family}.rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
+    return scaling | betas
 
 
 def _from_factors(file: GgufFile, stored: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:

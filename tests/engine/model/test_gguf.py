@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +113,20 @@ def test_llama_3s_scaling_is_found_in_its_factors(file: Path, tiny_model: TinyMo
         gguf_fields(GgufFile.open(path))
 
 
+def test_yarn_is_read_as_from_a_folder(tiny_model: TinyModels, tmp_path: Path) -> None:
+    """Guards long-context Qwen: the same type, lengths, ramp and scale of cos and sin."""
+    folder = Path(shutil.copytree(tiny_model("qwen3"), tmp_path / "model"))
+    values = json.loads((folder / "config.json").read_text())
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 2048}
+    values["rope_parameters"] = yarn | {"beta_fast": 16.0}
+    (folder / "config.json").write_text(json.dumps(values))
+    changes = {"type": "yarn", "factor": 4.0, "original_context_length": 2048, "yarn_beta_fast": 16.0}
+    metadata = {f"qwen3__rope__scaling__{name}": value for name, value in changes.items()}
+    path = write_gguf(tiny_model("qwen3"), tmp_path / "m.gguf", "qwen3", **metadata)
+    assert load_model_config(path).rope == load_model_config(folder).rope
+    assert load_model_config(path).rope.attention_factor == pytest.approx(1.1386294)
+
+
 def _only_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     writer = GGUFWriter(path, "llama")
     for key in ("embedding_length", "attention.key_length"):
@@ -133,6 +149,7 @@ def _only_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
         ({"llama__attention__head_count": None}, "llama.attention.head_count is missing"),
         ({"llama__attention__head_count": [4, 4]}, "llama.attention.head_count is of an unexpected type, list"),
         ({"llama__logit_scale": 8.0}, "llama.logit_scale is not supported"),
+        ({"llama__rope__scaling__yarn_log_multiplier": 0.1}, "rope.scaling.yarn_log_multiplier is not supported"),
         ({"split__count": 3}, "one of several parts; join them first"),
         ({"llama__rope__dimension_count": 8}, "llama.rope.dimension_count 8 of heads of 16 is not supported"),
         ({"llama__block_count": 5}, "lacks 9 tensors: model.layers.4"),
