@@ -73,7 +73,9 @@ async def measure_path(requests: list[Request], steps: int) -> float:
     engine, store = SilentEngine(), MemoryStore()
     server = SessionServer(engine, "127.0.0.1", 0, SECRET, "h0", 1)
     port = await server.start()
-    info = EngineInfo("h0", 1, Role.HYBRID, EngineState.READY, "127.0.0.1", port, 1, "none", 1 << 20, 16, 1000, 512)
+    info = EngineInfo(
+        "h0", 1, Role.HYBRID, EngineState.READY, "127.0.0.1", port, 1, "none", 1 << 20, 16, 1000, 512, 1 << 20
+    )
     registration, membership = Registration(store, info), Membership(store)
     await registration.start()
     await membership.start()

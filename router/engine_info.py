@@ -31,7 +31,8 @@ class EngineState(enum.StrEnum):
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """One engine incarnation as the registry lists it; `generation` grows each time the id is started anew. Of a prompt
-    of more than `prefill_chunk_tokens`, no more than so many are computed in one step."""
+    of more than `prefill_chunk_tokens`, no more than so many are computed in one step. More than `max_requests` at
+    a time, whatever it does for each, are refused."""
 
     engine_id: str
     generation: int
@@ -45,6 +46,7 @@ class EngineInfo:
     block_size: int
     num_blocks: int
     prefill_chunk_tokens: int
+    max_requests: int
     reason: str = ""
 
 

@@ -114,6 +114,7 @@ class EngineView:
     own_prefill_tokens: int = 0  # placed here, first token not seen yet
     own_requests: int = 0  # placed here to decode, not finished
     own_context_tokens: int = 0
+    own_legs: int = 0  # requests that have this engine do anything, a hand-off included
 
     @property
     def queued_prefill_tokens(self) -> int:
@@ -136,6 +137,11 @@ class EngineView:
         if self.load is None:
             return self.info.num_blocks
         return self.load.free_blocks + self.load.cached_blocks
+
+    @property
+    def full(self) -> bool:
+        """It would refuse another request: the own ones alone fill it."""
+        return self.own_legs >= self.info.max_requests
 
     def observe(self, load: EngineLoad) -> None:
         """Take over the numbers of a frame. A step without prompt tokens waiting shows the time of a decode step."""
@@ -261,6 +267,9 @@ class _Excess:
 def _excess(candidate: Candidate, demand: Demand, config: RouterConfig) -> _Excess | None:
     """Why this engine takes no more at present, and when it will."""
     view = candidate.view
+    if view.full:
+        reason = f"{view.own_legs} requests are there"
+        return _Excess(reason, _ends_s(view, view.own_legs + 1 - view.info.max_requests, config))
     if not config.admission:
         return None
     queued = view.queued_prefill_tokens
@@ -270,11 +279,15 @@ def _excess(candidate: Candidate, demand: Demand, config: RouterConfig) -> _Exce
         return _Excess(reason, view.times.prefill_s(min(over, queued)))
     if view.waiting_requests >= config.max_waiting_requests:
         over = view.waiting_requests - config.max_waiting_requests + 1
-        # About one sequence in `expected_output_tokens` ends a step, times those that run.
-        ends_per_step = max(1, view.decoding - view.waiting_requests) / config.expected_output_tokens
-        reason = f"{view.waiting_requests} requests wait"
-        return _Excess(reason, over / ends_per_step * view.times.step_s(view.decoding))
+        return _Excess(f"{view.waiting_requests} requests wait", _ends_s(view, over, config))
     return None
+
+
+def _ends_s(view: EngineView, requests: int, config: RouterConfig) -> float:
+    """How long until so many have ended: about one sequence in `expected_output_tokens` ends a step, times those that
+    run."""
+    ends_per_step = max(1, view.decoding - view.waiting_requests) / config.expected_output_tokens
+    return requests / ends_per_step * view.times.step_s(view.decoding)
 
 
 def _refusal(candidates: Sequence[Candidate], demand: Demand, config: RouterConfig) -> Refused:

@@ -3,6 +3,7 @@
     place(request)  ──> Pair | Local | Refused | Unavailable      a decision, nothing is noted yet
     book(request, placement) ──> Booking                          the request was sent
     first_token(booking)                                          its prompt is computed
+    handed_over(booking)                                          its KV is at the decode engine, which decodes
     release(booking)                                              it ended, however
 
 A library: no I/O, no clock and no randomness of its own, one thread.
@@ -34,7 +35,7 @@ from kvbaton.router.time_model import TimeModel
 
 @dataclass(slots=True)
 class Booking:
-    """The router's note of one request in flight. `first_token` and `release` may be called once too often."""
+    """The router's note of one request in flight. Each step of it may be told once too often."""
 
     placement: Placement
     hashes: list[BlockHash]  # of the context, as the decode engine cuts it into blocks
@@ -46,6 +47,7 @@ class Booking:
     queued_before: int
     booked_at: float
     prefilling: bool = True
+    handing_over: bool = False  # prefill has the request until decode has its KV
     live: bool = True
 
 
@@ -92,6 +94,10 @@ class Router:
         self._generations.pop(engine_id, None)
         self.index.remove(engine_id)
 
+    def has_room(self) -> bool:
+        """Whether any engine takes another request."""
+        return any(view.info.state is EngineState.READY and not view.full for view in self._views.values())
+
     def observe(self, engine_id: str, load: EngineLoad) -> None:
         """Numbers of a frame."""
         view = self._views.get(engine_id)
@@ -136,7 +142,10 @@ class Router:
             samples,
             prefill.queued_prefill_tokens,
             now,
+            handing_over=prefill is not decode,
         )
+        prefill.own_legs += booking.handing_over
+        decode.own_legs += 1
         prefill.own_prefill_tokens += booking.prefill_tokens
         decode.own_requests += samples
         decode.own_context_tokens += tokens * samples
@@ -145,7 +154,8 @@ class Router:
 
     def place_migration(self, tokens: int, source: str) -> EngineInfo | None:
         """The best engine to go on with a sequence of `tokens` that decodes at `source`; None if there is no other."""
-        views = [v for v in self._views.values() if v.info.engine_id != source and _can_serve(v.info, tokens)]
+        others = [v for v in self._views.values() if v.info.engine_id != source and not v.full]
+        views = [v for v in others if _can_serve(v.info, tokens)]
         fitting = [v for v in views if v.available_blocks * v.info.block_size >= tokens] or views
         decoders = [v for v in fitting if v.info.role is not Role.PREFILL] or fitting
         best = min(decoders, key=lambda v: (v.decoding, v.own_context_tokens), default=None)
@@ -155,28 +165,39 @@ class Router:
         """Note that one sample moves to `to` with its KV: nothing is computed again."""
         tokens, view = len(request.context), self._view_of(to)
         booking = Booking(Local(to, tokens), [], view, view, 0, tokens, 1, 0, self._clock(), prefilling=False)
+        view.own_legs += 1
         view.own_requests += 1
         view.own_context_tokens += tokens
         return booking
 
     def first_token(self, booking: Booking) -> None:
-        """The prompt is computed: it queues no more, shows how fast the engine is, and lands on the decode engine (not
-        before: a sibling sent there earlier would be computed there)."""
+        """The prompt is computed: it queues no more, and shows how fast the engine is."""
         if booking.live and booking.prefilling:
-            now = self._clock()
-            elapsed_s = now - booking.booked_at
-            if booking.decode is not booking.prefill:
-                self.index.placed(booking.decode.info.engine_id, booking.hashes, now)
+            elapsed_s = self._clock() - booking.booked_at
             booking.prefill.times.observe_prefill(booking.queued_before + booking.prefill_tokens, elapsed_s)
             self._prefill_over(booking)
+
+    def handed_over(self, booking: Booking) -> None:
+        """Decode has begun: prefill is done with the request, and the prompt's blocks are at the decode engine. Not
+        before: a request that ends with its first token is never handed over."""
+        if booking.live and booking.handing_over:
+            self._hand_over_ends(booking)
+            self.index.placed(booking.decode.info.engine_id, booking.hashes, self._clock())
 
     def release(self, booking: Booking) -> None:
         """The request ended or moved elsewhere."""
         if booking.live:
             self._prefill_over(booking)
+            self._hand_over_ends(booking)
             booking.live = False
+            booking.decode.own_legs -= 1
             booking.decode.own_requests -= booking.samples
             booking.decode.own_context_tokens -= booking.context_tokens * booking.samples
+
+    def _hand_over_ends(self, booking: Booking) -> None:
+        if booking.handing_over:
+            booking.handing_over = False
+            booking.prefill.own_legs -= 1
 
     def _prefill_over(self, booking: Booking) -> None:
         if booking.prefilling:

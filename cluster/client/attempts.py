@@ -87,6 +87,11 @@ class Attempts:
         if attempt.booking.prefilling:
             self._router.first_token(attempt.booking)
 
+    def handed_over(self, attempt: Attempt) -> None:
+        """Its decode engine decodes. May be called more than once."""
+        if attempt.booking.handing_over:
+            self._router.handed_over(attempt.booking)
+
     def end(self, attempt: Attempt) -> None:
         """Forget it, wherever it stands. May be called more than once."""
         self._by_id.pop(attempt.request.request_id, None)

@@ -117,6 +117,8 @@ class Dispatch:
         self._settle_failures(failed)
         for live in touched.values():
             live.wake()
+        if self._parked and self._router.has_room():
+            self._retry_in_turn()
 
     def notice(self, session: EngineSession, notice: Notice) -> None:
         """An engine tells how a migration ended, or asks for one."""
@@ -147,10 +149,22 @@ class Dispatch:
 
     def retry_parked(self) -> None:
         """An engine has come or changed: perhaps it takes those that found none."""
-        waiting, self._parked = list(self._parked.values()), {}
-        for live in waiting:
-            parked, live.parked = live.parked, []
-            self._resume(live, parked, frozenset())
+        for live in list(self._parked.values()):
+            self._retry(live)
+
+    def _retry_in_turn(self) -> None:
+        """A request has ended somewhere: its place is for the first that waits."""
+        for live in list(self._parked.values()):
+            if not self._retry(live):
+                return
+
+    def _retry(self, live: LiveRequest) -> bool:
+        """True when none of its samples waits any more; one that does keeps its turn."""
+        parked, live.parked = live.parked, []
+        self._resume(live, parked, frozenset())
+        if not live.parked:
+            self._parked.pop(id(live), None)
+        return not live.parked
 
     # -- attempts --
 
@@ -168,6 +182,8 @@ class Dispatch:
         except TokenGap as gap:
             return str(gap)
         self._attempts.first_token(attempt)
+        if attempt.decoding:
+            self._attempts.handed_over(attempt)
         if output.finish is not None and attempt.live.samples[output.sample].done:
             self._sample_done(attempt, output.sample)
         return reason

@@ -309,6 +309,7 @@ async def _assemble(host: EngineHost, engine: Engine, spec: EngineHostSpec, stor
         block_size=engine.geometry.block_size,
         num_blocks=engine.kv.num_blocks,
         prefill_chunk_tokens=engine.limits.chunk_tokens,
+        max_requests=worker.max_requests,
     )
     registration = Registration(store, info)
     await registration.start()

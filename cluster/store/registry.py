@@ -62,6 +62,7 @@ class EngineEntry(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
     block_size: Natural
     num_blocks: Natural
     prefill_chunk_tokens: Natural
+    max_requests: Natural
     reason: _Text
 
 

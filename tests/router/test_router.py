@@ -71,7 +71,42 @@ def test_siblings_of_one_prompt_meet_before_the_first_event() -> None:
     assert [b.prefill_tokens for b in bookings] == [320, 1, 1, 1, 1]
     assert all(isinstance(b.placement, Pair) for b in bookings)  # decode has nothing yet: not computed there again
     world.router.first_token(bookings[0])
+    assert isinstance(world.router.place(prompt(1)), Pair), "the prompt is computed, and still at prefill"
+    world.router.handed_over(bookings[0])
     assert world.router.place(prompt(1)) == Local(info("d0"), 319)
+
+
+def test_a_prompt_that_is_never_handed_over_is_not_at_decode() -> None:
+    """Guards a request whose answer ends with its first token: sent to decode, the next one would be computed there."""
+    world = World(info("p0"), info("d0"))
+    booking = world.send(prompt(1))
+    world.router.first_token(booking)
+    world.router.release(booking)
+    world.router.handed_over(booking)
+    assert world.router.place(prompt(1)) == Pair(info("p0"), info("d0"), 319, 0)
+
+
+def test_an_engine_takes_no_more_requests_than_it_says() -> None:
+    """Prefill has a request until it is handed over, decode until it ends; a resume is no exception."""
+    world = World(info("p0", max_requests=2), info("d0", max_requests=3))
+    bookings = [world.send(prompt(n)) for n in range(2)]
+    for admit in (True, False):
+        refused = world.router.place(prompt(2), admit=admit)
+        assert isinstance(refused, Refused)
+        assert "2 requests are there" in refused.reason
+    world.router.first_token(bookings[0])
+    assert isinstance(world.router.place(prompt(2)), Refused), "its KV is not taken yet"
+    world.router.handed_over(bookings[0])
+    bookings.append(world.send(prompt(2)))
+    world.router.handed_over(bookings[1])
+    assert isinstance(world.router.place(prompt(3)), Refused), "three are at decode"
+    assert world.router.place_migration(320, "p0") is None
+    world.router.release(bookings[0])
+    bookings.append(world.send(prompt(3)))
+    for booking in bookings * 2:
+        world.router.handed_over(booking)
+        world.router.release(booking)
+    assert (world.view("p0").own_legs, world.view("d0").own_legs) == (0, 0)
 
 
 def test_events_of_the_engines_decide_where_the_prefix_is() -> None:

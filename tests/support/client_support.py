@@ -137,7 +137,7 @@ class Cluster:
         for info in self.router.engines:
             view = self.router.view(info.engine_id)
             assert view is not None
-            assert (view.own_prefill_tokens, view.own_requests, view.own_context_tokens) == (0, 0, 0)
+            assert (view.own_prefill_tokens, view.own_requests, view.own_context_tokens, view.own_legs) == (0, 0, 0, 0)
 
 
 @asynccontextmanager

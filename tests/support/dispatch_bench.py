@@ -120,9 +120,10 @@ class Bench:
     def known(self, name: str) -> bool:
         return name in self._sessions
 
-    def add(self, name: str, generation: int = 1) -> RecordedSession:
+    def add(self, name: str, generation: int = 1, max_requests: int = 4096) -> RecordedSession:
         """An engine can be reached, as the client is told of it."""
-        session = RecordedSession(make_info(name, generation=generation, role=ROLES[name[0]]))
+        info = make_info(name, generation=generation, role=ROLES[name[0]], max_requests=max_requests)
+        session = RecordedSession(info)
         self._sessions[name] = session
         self.attempts.connected(session)
         self.router.add(session.info)
@@ -151,4 +152,9 @@ class Bench:
         for info in self.router.engines:
             view = self.router.view(info.engine_id)
             assert view is not None
-            assert (view.own_prefill_tokens, view.own_requests, view.own_context_tokens) == (0, 0, 0), info.engine_id
+            assert (view.own_prefill_tokens, view.own_requests, view.own_context_tokens, view.own_legs) == (
+                0,
+                0,
+                0,
+                0,
+            ), info.engine_id

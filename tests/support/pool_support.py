@@ -79,6 +79,7 @@ class ScriptedEngine:
             block_size=16,
             num_blocks=8,
             prefill_chunk_tokens=512,
+            max_requests=64,
         )
 
     async def set_role(self, role: Role) -> None:

@@ -30,6 +30,7 @@ def make_info(engine_id: str = "e1", port: int = 1, **changes: object) -> Engine
         "block_size": 16,
         "num_blocks": 1000,
         "prefill_chunk_tokens": 512,
+        "max_requests": 4096,
     }
     return EngineInfo(**(values | changes))  # type: ignore[arg-type]
 

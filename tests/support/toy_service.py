@@ -134,6 +134,7 @@ class ToyService:
             BLOCK_SIZE,
             blocks,
             512,
+            node.worker.max_requests,
         )
         self._connect(node, replace(info, host=address.host))
         return node
@@ -266,4 +267,9 @@ class ToyService:
         for info in self.router.engines:
             view = self.router.view(info.engine_id)
             assert view is not None
-            assert (view.own_prefill_tokens, view.own_requests, view.own_context_tokens) == (0, 0, 0), info.engine_id
+            assert (view.own_prefill_tokens, view.own_requests, view.own_context_tokens, view.own_legs) == (
+                0,
+                0,
+                0,
+                0,
+            ), info.engine_id

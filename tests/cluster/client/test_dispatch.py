@@ -10,6 +10,7 @@ import pytest
 from kvbaton.cluster.client.api import Cancelled, DeadlineExceeded, EngineLost, NoEngines, Overloaded
 from kvbaton.cluster.client.live_request import LiveRequest
 from kvbaton.cluster.client.settings import ClientConfig
+from kvbaton.engine.block_hash import block_hashes
 from kvbaton.engine.orders import LegKind, Migrated, MigrationWanted
 from kvbaton.engine.request import Request
 from kvbaton.kvtransfer.messages import PeerAddress
@@ -66,6 +67,59 @@ async def test_what_is_refused_leaves_nothing() -> None:
         bench.begin(replace(make_request(), timeout_s=5.0))
     assert bench["p0"].submits == bench["d0"].submits == []
     assert bench.counters.refused == 1
+    bench.assert_empty()
+
+
+@pytest.mark.parametrize("engines", [("h0",), ("p0", "d0")])
+async def test_what_is_too_much_for_the_engines_is_refused_before_anything_is_sent(engines: tuple[str, ...]) -> None:
+    """Guards a burst of which engines refuse most: each refusal would count as a failure of the engine."""
+    bench = Bench()
+    for name in engines:
+        bench.add(name, max_requests=2)
+    live = [bench.begin(make_request(f"r{n}")) for n in range(2)]
+    for n in range(2, 12):
+        with pytest.raises(Overloaded, match="every engine is busy: 2 requests are there") as refused:
+            bench.begin(make_request(f"r{n}"))
+        assert refused.value.retry_after_s > 0
+    assert [len(bench[name].submits) for name in engines] == [2] * len(engines)
+    assert (bench.counters.refused, bench.counters.lost, bench.counters.resumed) == (10, 0, 0)
+    bench.dispatch.end(live[0])
+    live[0] = bench.begin(make_request("r12"))
+    for one in live:
+        bench.dispatch.end(one)
+    bench.assert_empty()
+
+
+async def test_a_resume_waits_for_room() -> None:
+    """The client has tokens: it must neither be told to come again, nor be sent where it would be refused."""
+    bench = Bench()
+    bench.add("h0", max_requests=1)
+    first = bench.begin(make_request("r1"))
+    bench.add("h1", max_requests=1)
+    second = bench.begin(make_request("r2"))
+    bench.say("h1", *tokens(make_request("r2"), 0))
+    bench.lose("h1")
+    assert (second.parked, len(bench["h0"].submits)) == ([0], 1)
+    with pytest.raises(Overloaded):
+        bench.begin(make_request("r3"))
+    bench.dispatch.end(first)
+    bench.say("h0")  # the frame that says so
+    (_, again) = bench["h0"].submits
+    assert (again.request.emitted, second.parked) == ((token_at(0, 0),), [])
+    bench.dispatch.end(second)
+    bench.assert_empty()
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_decode_has_a_prompt_when_it_decodes_and_not_before(ends: bool) -> None:
+    bench = Bench("p0", "d0")
+    request = make_request(prompt_tokens=40)
+    live = bench.begin(request)
+    bench.say("p0", *tokens(request, 0, last=0 if ends else None))
+    if not ends:
+        bench.say("d0", *tokens(request, 1))
+    assert bench.router.index.match("d0", block_hashes(request.prompt, 16), bench.timers.now()) == (0 if ends else 2)
+    bench.dispatch.end(live)
     bench.assert_empty()
 
 

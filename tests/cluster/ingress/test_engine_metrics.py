@@ -37,7 +37,9 @@ LOAD = EngineLoad(
 
 
 def engine(engine_id: str, role: Role = Role.DECODE, state: EngineState = EngineState.READY) -> EngineInfo:
-    return EngineInfo(engine_id, 3, role, state, "h", 1, 2, "m", 4096, 16, 100, prefill_chunk_tokens=256)
+    return EngineInfo(
+        engine_id, 3, role, state, "h", 1, 2, "m", 4096, 16, 100, prefill_chunk_tokens=256, max_requests=64
+    )
 
 
 class Scrape:

@@ -32,7 +32,7 @@ from kvbaton.router.engine_info import EngineInfo, EngineState, Role
 from kvbaton.router.prefix_index import PrefixIndex
 from support.wire_cases import UNPACKABLE, Wrong, sample, wrong
 
-ENGINE = EngineInfo("e0", 3, Role.PREFILL, EngineState.READY, "127.0.0.1", 1, 2, "m", 4096, 4, 64, 512)
+ENGINE = EngineInfo("e0", 3, Role.PREFILL, EngineState.READY, "127.0.0.1", 1, 2, "m", 4096, 4, 64, 512, 4096)
 
 
 class Feed:
