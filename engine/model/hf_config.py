@@ -16,7 +16,7 @@ from kvbaton.engine.model.checkpoint import Checkpoint
 from kvbaton.engine.model.gguf_config import gguf_fields
 from kvbaton.engine.model.hf_rope import check_rope_sizes, read_rope
 from kvbaton.engine.model.json_fields import JsonFields
-from kvbaton.engine.model.model_config import Architecture, ModelConfig, MoeConfig
+from kvbaton.engine.model.model_config import Architecture, ModelConfig, MoeConfig, RopeConfig, RopeType
 from kvbaton.settings import ConfigError
 
 log = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ def parse_model_config(fields: JsonFields, extra_eos: tuple[int, ...] = ()) -> M
     num_layers = fields.integer("num_hidden_layers")
     heads = fields.integer("num_attention_heads")
     hidden = fields.integer("hidden_size")
+    rope = read_rope(fields, arch)
     attention_bias = arch in (Architecture.LLAMA, Architecture.QWEN3, Architecture.QWEN3_MOE) and fields.flag(
         "attention_bias"
     )
@@ -82,8 +83,8 @@ def parse_model_config(fields: JsonFields, extra_eos: tuple[int, ...] = ()) -> M
         head_dim=fields.optional_integer("head_dim")
         or (128 if arch is Architecture.QWEN3 else hidden // max(heads, 1)),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-5 if arch in (Architecture.MIXTRAL, Architecture.PHI3) else 1e-6),
-        max_position_embeddings=fields.integer("max_position_embeddings"),
-        rope=read_rope(fields, arch),
+        max_position_embeddings=_max_positions(fields, rope),
+        rope=rope,
         sliding_windows=_sliding_windows(fields, arch, num_layers),
         qkv_bias=attention_bias or arch is Architecture.QWEN2,
         o_bias=attention_bias,
@@ -119,6 +120,12 @@ def _refuse_unsupported(fields: JsonFields, arch: Architecture) -> None:
     for name in ("quantization_config", "compression_config"):
         if fields.has(name):
             raise fields.error(f"{name} (quantized weights) is not supported; supported: plain {', '.join(DTYPES)}")
+
+
+def _max_positions(fields: JsonFields, rope: RopeConfig) -> int:
+    """YaRN is added by hand to a config that keeps its first length, to be `factor` times as long."""
+    named = fields.integer("max_position_embeddings")
+    return max(named, int(rope.factor * rope.original_max_positions)) if rope.kind is RopeType.YARN else named
 
 
 def _num_kv_heads(fields: JsonFields, arch: Architecture, heads: int) -> int:

@@ -113,6 +113,20 @@ def test_what_transformers_saves_computes_the_same_here(variant: Variant, tmp_pa
         torch.testing.assert_close(_logits(decoder, tokens), wanted, atol=TOLERANCE, rtol=0)
 
 
+def test_yarn_added_by_hand_serves_the_length_that_it_is_for(tmp_path: Path) -> None:
+    """Guards Qwen's own advice: the config keeps `max_position_embeddings`, and transformers goes on past it."""
+    folder = _save(Variant("", "Qwen2", {"max_position_embeddings": 64}), tmp_path)
+    values = json.loads((folder / "config.json").read_text())
+    values["rope_scaling"] = YARN | {"factor": 2.0, "original_max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps(values))
+    tokens = torch.randint(256, (120,), generator=torch.Generator().manual_seed(1)).tolist()
+    with torch.inference_mode():
+        wanted = reference_model(folder)(torch.tensor([tokens])).logits[0]
+    loaded = load_model(folder, CPU)
+    assert loaded.config.max_position_embeddings == loaded.decoder.max_positions == 128
+    torch.testing.assert_close(_logits(loaded.decoder, tokens), wanted, atol=TOLERANCE, rtol=0)
+
+
 @pytest.mark.parametrize("variant", LONGROPES, ids=lambda variant: variant.family)
 def test_an_engine_of_short_contexts_takes_the_short_factors(variant: Variant, tmp_path: Path) -> None:
     """transformers chooses by each sequence; kept keys can't be turned again, so an engine chooses once."""
