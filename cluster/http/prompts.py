@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from json import JSONDecoder
 from typing import Any, TypeVar
 
-import orjson
-
 from kvbaton.cluster.http.errors import ApiError, bad_request, unsupported
-from kvbaton.cluster.http.protocol import ChatFields, ChatMessage, Tool
+from kvbaton.cluster.http.protocol import ChatFields, ChatMessage, FunctionCall, Tool
 from kvbaton.cluster.http.service import ModelCard
 from kvbaton.engine.text.tokenizer import Tokenizer
 
@@ -19,6 +20,7 @@ Result = TypeVar("Result")
 # Above this many characters a thread tokenizes (the Rust tokenizer lets go of the GIL), so that one long prompt does
 # not hold up the tokens of every other stream.
 INLINE_CHARS = 20_000
+_INT_DIGITS = 4000  # Python converts no more than 4,300
 _MESSAGE_CHARS = 50  # what the template's work on one message weighs in characters
 # Arguments of the tokenizer's own method: a client must not set them, least of all the template.
 _RESERVED_OPTIONS = frozenset(
@@ -118,11 +120,14 @@ def check_token_ids(token_ids: Sequence[int], model: ModelCard, param: str) -> N
 async def read_chat(tokenizer: Tokenizer, model: ModelCard, body: ChatFields) -> Prompt:
     """The prompt that the model's template makes of a conversation. Raises `ApiError` or `InvalidRequest`."""
     options = template_options(body)
-    messages = [template_message(message, index) for index, message in enumerate(body.messages)]
+    numbers = ExactNumbers()
+    messages = [template_message(message, index, numbers) for index, message in enumerate(body.messages)]
     tools = template_tools(body.tools) if uses_tools(body) else None
+    given = body.add_generation_prompt
+    begin_answer = not body.continue_final_message if given is None else given
 
     def read() -> Prompt:
-        text = tokenizer.render_chat(messages, tools, bool(body.add_generation_prompt), options)
+        text = numbers.restore(tokenizer.render_chat(messages, tools, begin_answer, options))
         return Prompt(tuple(tokenizer.encode(text, bool(body.add_special_tokens))), text)
 
     chars = sum(_MESSAGE_CHARS + len(message["content"]) for message in messages)
@@ -137,7 +142,7 @@ def template_options(body: ChatFields) -> dict[str, Any]:
         if name in _RESERVED_OPTIONS:
             raise bad_request(f"chat_template_kwargs must not set {name!r}", "chat_template_kwargs")
     if body.continue_final_message:
-        if body.add_generation_prompt and "add_generation_prompt" in body.model_fields_set:
+        if body.add_generation_prompt:
             raise bad_request(
                 "continue_final_message and add_generation_prompt exclude each other", "continue_final_message"
             )
@@ -157,7 +162,42 @@ def template_tools(tools: Sequence[Tool] | None) -> list[Mapping[str, Any]]:
     return [tool.model_dump(exclude_unset=True) for tool in tools or ()]
 
 
-def template_message(message: ChatMessage, index: int) -> dict[str, Any]:
+class ExactNumbers:
+    """Numbers in arguments of tool calls, of which templates make JSON again: whoever wrote 0.10, NaN or 1e400 finds it
+    as it was. What Python would write otherwise is an integer of no meaning for the template, and replaced behind it.
+    """
+
+    def __init__(self) -> None:
+        self._written: dict[str, str] = {}
+        self._decoder = JSONDecoder(
+            parse_int=self._int, parse_float=self._float, parse_constant=self._stand_in, strict=False
+        )
+
+    def loads(self, text: str) -> Any:
+        """The value of JSON text. Raises `ValueError` or `RecursionError`."""
+        return self._decoder.decode(text)
+
+    def restore(self, rendered: str) -> str:
+        """The text that a template made, with the numbers as they were written."""
+        if not self._written:
+            return rendered
+        return re.sub(r"\b\d{39}\b", lambda found: self._written.get(found[0], found[0]), rendered)
+
+    def _int(self, text: str) -> int:
+        exact = len(text) <= _INT_DIGITS and text != "-0"
+        return int(text) if exact else self._stand_in(text)
+
+    def _float(self, text: str) -> float:
+        value = float(text)
+        return value if repr(value) == text else self._stand_in(text)
+
+    def _stand_in(self, text: str) -> int:
+        number = secrets.randbits(128) | 1 << 128  # of 39 digits, and nowhere else in the prompt
+        self._written[str(number)] = text
+        return number
+
+
+def template_message(message: ChatMessage, index: int, numbers: ExactNumbers) -> dict[str, Any]:
     """A message as templates expect it: plain text, arguments of tool calls as an object, no `developer` role."""
     role = "system" if message.role == "developer" else message.role
     result: dict[str, Any] = {"role": role, "content": message_text(message.content, index)}
@@ -167,20 +207,21 @@ def template_message(message: ChatMessage, index: int) -> dict[str, Any]:
             result[name] = value
     if message.tool_calls:
         result["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": _function(call.function.name, call.function.arguments)}
+            {"id": call.id, "type": "function", "function": _function(call.function, numbers)}
             for call in message.tool_calls
         ]
     return result
 
 
-def _function(name: str, arguments: str | dict[str, Any] | None) -> dict[str, Any]:
+def _function(call: FunctionCall, numbers: ExactNumbers) -> dict[str, Any]:
     """Clients send arguments as JSON text. Text that is not JSON (a model wrote it) is passed on as it is."""
+    arguments: Any = call.arguments or {}
     if isinstance(arguments, str):
         try:
-            return {"name": name, "arguments": orjson.loads(arguments or "{}")}
-        except orjson.JSONDecodeError:
-            return {"name": name, "arguments": arguments}
-    return {"name": name, "arguments": arguments or {}}
+            arguments = numbers.loads(arguments)
+        except (ValueError, RecursionError):
+            return {"name": call.name, "arguments": arguments}
+    return {"name": call.name, "arguments": arguments}
 
 
 def message_text(content: Any, index: int) -> str:

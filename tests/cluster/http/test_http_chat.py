@@ -208,11 +208,38 @@ async def test_many_messages_are_read_off_the_loop_alike(tokenizer: Tokenizer) -
     assert client.requests[0].prompt == tuple(chat_prompt(tokenizer, messages))
 
 
-async def test_continue_final_message(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("more", [{}, {"add_generation_prompt": False}, {"add_generation_prompt": None}])
+async def test_continue_final_message(tokenizer: Tokenizer, more: dict[str, Any]) -> None:
+    """No new turn begins where the last one goes on: nobody has to say so twice."""
     client = ScriptedClient(say(tokenizer, "ok"))
     messages = [*HI, {"role": "assistant", "content": "The sea"}]
-    await ask(client, tokenizer, messages=messages, continue_final_message=True, add_generation_prompt=False)
+    await ask(client, tokenizer, messages=messages, continue_final_message=True, **more)
     assert tokenizer.decode(client.requests[0].prompt, skip_special_tokens=False).endswith("assistant\nThe sea")
+
+
+async def test_a_turn_begins_unless_told_otherwise(tokenizer: Tokenizer) -> None:
+    client = ScriptedClient(say(tokenizer, "ok"))
+    for given in ({}, {"add_generation_prompt": None}, {"add_generation_prompt": True}):
+        await ask(client, tokenizer, **given)
+    assert {request.prompt for request in client.requests} == {tuple(chat_prompt(tokenizer, HI))}
+
+
+@pytest.mark.parametrize(
+    "raw", ["123456789012345678901234567890", "NaN", "-Infinity", "1e400", "1.10", "1E5", "-0", "0.5", "9" * 4400]
+)
+@pytest.mark.parametrize("use", ["call.arguments | tojson", "call.arguments.x"])
+async def test_numbers_of_a_call_in_the_next_prompt(tmp_path: Path, raw: str, use: str) -> None:
+    """The digits that the model wrote, whether the template makes JSON of the arguments or takes them apart."""
+    save_tokenizer(tmp_path, MAX_MODEL_LEN)
+    hf = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    hf.chat_template = f"{{%- set call = messages[1].tool_calls[0].function %}}{{{{ {use} }}}}"
+    tokenizer = Tokenizer(hf)
+    service = make_service(ScriptedClient(say(tokenizer, "ok")), tokenizer)
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": f'{{"x": {raw}}}'}}
+    messages = [*HI, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    async with http_client(create_app(service)) as http:
+        tokens = (await http.post("/tokenize", json={"messages": messages})).json()["tokens"]
+    assert tokenizer.decode(tokens) == (f'{{"x": {raw}}}' if "tojson" in use else raw)
 
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
