@@ -53,6 +53,7 @@ class ServiceEndpoints:
         if _has_messages(raw):
             chat = parse_body(TokenizeChatRequest, raw)
             self._service.check_model(chat.model)
+            chat.check_supported()
             prompt = await read_chat(self._service.tokenizer, self._service.model, chat)
             return self._tokens(prompt.token_ids, bool(chat.return_token_strs))
         text = parse_body(TokenizeTextRequest, raw)

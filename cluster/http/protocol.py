@@ -1,5 +1,5 @@
 """The JSON that clients send, as pydantic models. Unknown fields are ignored, except those that ask for something
-that would silently not be done: `UNSUPPORTED` lists them with the values that ask for nothing."""
+that would silently not be done: `refused.py` lists them."""
 
 from __future__ import annotations
 
@@ -8,30 +8,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kvbaton.cluster.http.errors import ApiError, from_validation_error, unsupported
-
-UNSUPPORTED: tuple[tuple[str, tuple[object, ...]], ...] = (
-    ("use_beam_search", (False,)),
-    ("length_penalty", (0, 1)),
-    ("bad_words", ([],)),
-    ("allowed_token_ids", ()),
-    ("prompt_logprobs", ()),
-    ("truncate_prompt_tokens", ()),
-    ("logits_processors", ([],)),
-    ("structured_outputs", ()),
-    ("guided_json", ()),
-    ("guided_regex", ()),
-    ("guided_choice", ()),
-    ("guided_grammar", ()),
-    ("prompt_embeds", ()),
-    ("functions", ([],)),
-    ("function_call", ("none", "auto")),
-    ("audio", ()),
-    ("modalities", (["text"],)),
-    ("web_search_options", ()),
-    ("chat_template", ()),
-    ("documents", ([],)),
-    ("mm_processor_kwargs", ({},)),
-)
+from kvbaton.cluster.http.refused import check_not_refused
 
 
 class StreamOptions(BaseModel):
@@ -77,11 +54,7 @@ class GenerationFields(BaseModel):
 
     def check_supported(self) -> None:
         """Raise `ApiError` for a field that could not be honoured."""
-        extra = self.model_extra or {}
-        for name, neutral in UNSUPPORTED:
-            value = extra.get(name)
-            if value is not None and value not in neutral:
-                raise unsupported(name)
+        check_not_refused(self.model_extra or {})
         if self.response_format is not None and self.response_format.type != "text":
             raise unsupported("response_format", f" with type {self.response_format.type[:40]!r}: only 'text' is")
         if self.stream_options is not None and not self.stream:
@@ -141,7 +114,7 @@ class ChatFields(GenerationFields):
     messages: list[ChatMessage]
     tools: list[Tool] | None = None
     tool_choice: Any = None
-    add_generation_prompt: bool | None = True
+    add_generation_prompt: bool | None = None  # true, unless the final message is continued
     continue_final_message: bool | None = False
     add_special_tokens: bool | None = False
     chat_template_kwargs: dict[str, Any] | None = None
