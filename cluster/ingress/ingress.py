@@ -34,6 +34,26 @@ from kvbaton.router.placement import RouterConfig
 from kvbaton.router.router import Router
 
 _ENGINE_WAIT_S = 20.0
+_NOT_APPLIED = (
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "guidance_scale",
+    "min_length",
+    "min_new_tokens",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "penalty_alpha",
+    "sequence_bias",
+    "stop_strings",
+    "suppress_tokens",
+    "typical_p",
+    "watermarking_config",
+)
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +192,9 @@ def sampling_defaults(folder: Path) -> SamplingDefaults:
     if not path.exists():
         return SamplingDefaults()
     fields = JsonFields.read(path)
+    ignored = [name for name in _NOT_APPLIED if fields.names_other(name, (False, 0, 1, "", [], {}))]
+    if ignored:
+        log.warning("%s sets %s, which transformers applies and this server does not", path, ", ".join(ignored))
     standard = SamplingDefaults()
     return SamplingDefaults(
         temperature=fields.number("temperature", standard.temperature),

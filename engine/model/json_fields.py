@@ -44,6 +44,10 @@ class JsonFields:
         """Every name that has a value."""
         return tuple(name for name in self._values if self.has(name))
 
+    def names_other(self, name: str, neutral: tuple[object, ...]) -> bool:
+        """Whether there is a value of that name, and none of `neutral`."""
+        return self.has(name) and self._values[name] not in neutral
+
     def error(self, message: str) -> ConfigError:
         """An exception that names this file."""
         return ConfigError(f"{self._where}: {message}")

@@ -57,6 +57,14 @@ def test_generation_config_sets_the_defaults(folder: Path) -> None:
     assert sampling_defaults(folder) == SamplingDefaults()
 
 
+def test_settings_that_are_not_applied_are_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers would draw other tokens by them; those at their neutral values are no news."""
+    edit(folder / "generation_config.json", no_repeat_ngram_size=3, suppress_tokens=[5], num_beams=1, min_length=0)
+    sampling_defaults(folder)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "sets no_repeat_ngram_size, suppress_tokens, which transformers applies" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["max_new_tokens", "max_length"])
 def test_a_length_below_one_is_refused(folder: Path, name: str) -> None:
     edit(folder / "generation_config.json", **{name: 0})
