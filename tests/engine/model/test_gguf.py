@@ -150,6 +150,8 @@ def _only_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
         ({"llama__attention__head_count": [4, 4]}, "llama.attention.head_count is of an unexpected type, list"),
         ({"llama__logit_scale": 8.0}, "llama.logit_scale is not supported"),
         ({"llama__rope__scaling__yarn_log_multiplier": 0.1}, "rope.scaling.yarn_log_multiplier is not supported"),
+        ({"llama__rope__scaling__type": "longrope", "llama__rope__scaling__factor": 2.0}, "m.gguf: "),
+        ({"llama__rope__scaling__attn_factor": 1.2}, "llama.rope.scaling.attn_factor is not supported"),
         ({"split__count": 3}, "one of several parts; join them first"),
         ({"llama__rope__dimension_count": 8}, "llama.rope.dimension_count 8 of heads of 16 is not supported"),
         ({"llama__block_count": 5}, "lacks 9 tensors: model.layers.4"),
