@@ -1,12 +1,12 @@
-"""What fewer bits cost in quality: perplexity of a real model on a fixed text, in each number format that this machine runs.
+"""What fewer bits cost in quality: perplexity of a real model on a fixed text, in each number format that runs here.
 
     make test PYTEST_ARGS=--co                          # fetches SmolLM2-135M-Instruct, or name a model of your own
     python benchmarks/text_quality.py [--model FOLDER or FILE.gguf] [--device cuda] [--windows 8] [--json FILE]
 
-The text is the language reference that comes with Python (`pydoc_data.topics`), cut into windows of 1,024 tokens that know
-nothing of each other. A window is read in chunks of 128 tokens, so that later ones attend to KV as it is stored. Every
-token but a window's first is judged by the float32 logits of the row before it. The text differs a little from one Python to
-the next, so the result names its digest; formats are compared within one run. Prints JSON.
+The text is the language reference that comes with Python (`pydoc_data.topics`), cut into windows of 1,024 tokens that
+know nothing of each other. A window is read in chunks of 128 tokens, so that later ones attend to KV as it is stored.
+Every token but a window's first is judged by the float32 logits of the row before it. The text differs a little from
+one Python to the next, so the result names its digest; formats are compared within one run. Prints JSON.
 """
 
 from __future__ import annotations
