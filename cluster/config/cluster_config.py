@@ -209,6 +209,8 @@ class ClusterConfig:
             raise ConfigError(f"pools: no engine can {missing}; set --{missing} 1, or --hybrid 1")
         if not all(key.strip() for key in self.security.api_keys):
             raise ConfigError("security.api_keys: a key is empty")
+        if any(key != key.strip() for key in self.security.api_keys):
+            raise ConfigError("security.api_keys: a key begins or ends with a blank, which no client can send")
         chunk, most = self.engine.batch.prefill_chunk_tokens, self.engine.batch.max_tokens_per_step
         if isinstance(chunk, int) and chunk > most:
             raise ConfigError(f"engine.prefill_chunk_tokens ({chunk}) exceeds engine.max_tokens_per_step ({most})")

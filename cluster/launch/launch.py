@@ -68,7 +68,10 @@ def serve(config: ClusterConfig, screen: Screen, signals: StopSignals) -> int:
             _watch(cluster, screen)
         except KeyboardInterrupt:
             screen.line(_farewell(config))
-        except (LaunchFailed, ManagerLost, ConfigError) as error:
+        except ConfigError as error:
+            screen.error(str(error))
+            return 2
+        except (LaunchFailed, ManagerLost) as error:
             screen.error(str(error))
             return 1
         finally:

@@ -18,6 +18,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvbaton.cluster.config.cluster_config import ClusterConfig
 from kvbaton.cluster.ingress.ingress import Ingress, IngressSpec
@@ -44,7 +45,7 @@ class IngressDeployment:
 
     async def __serve_build_asgi_app__(self) -> Any:
         self._ingress = await Ingress.open(self._spec)
-        return self._ingress.app()
+        return _without_own_id(self._ingress.app())
 
     async def stop_in(self, seconds: float) -> None:
         """See `Ingress.stop_in`."""
@@ -55,6 +56,22 @@ class IngressDeployment:
         """Serve awaits this when it takes a replica down, after the last response."""
         if self._ingress is not None:
             await self._ingress.close()
+
+
+def _without_own_id(app: ASGIApp) -> ASGIApp:
+    """`app` without the X-Request-Id of its answers: Serve puts one on each, the client's own where it sent one, and
+    clients would read the two as one id."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [header for header in message["headers"] if header[0].lower() != b"x-request-id"]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await app(scope, receive, send_on)
+
+    return answer
 
 
 class ServeApp:

@@ -13,7 +13,7 @@ from kvbaton.cluster.launch.screen import Screen
 from kvbaton.cluster.launch.stop_signals import StopSignals
 from kvbaton.settings import ConfigError
 
-EXIT_FAILED, EXIT_USAGE = 1, 2
+EXIT_USAGE = 2
 
 
 def parse(arguments: Sequence[str]) -> tuple[Path | None, list[Override]]:
@@ -47,4 +47,4 @@ def main(arguments: Sequence[str]) -> int:
             return serve(config, screen, signals)
         except ConfigError as error:
             screen.error(str(error))
-            return EXIT_FAILED
+            return EXIT_USAGE

@@ -41,7 +41,7 @@ def test_a_port_in_use(tiny_model: TinyModel) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         status, output = refusal("--model", str(tiny_model("llama")), "--port", str(port), "--device", "cpu")
-    assert status == 1
+    assert status == 2
     assert f"error: port {port} on 127.0.0.1 is in use by" in output
     assert "Traceback" not in output
 
@@ -49,7 +49,7 @@ def test_a_port_in_use(tiny_model: TinyModel) -> None:
 @pytest.mark.process
 def test_a_missing_model(tmp_path: Path) -> None:
     status, output = refusal("--model", str(tmp_path / "none"), "--port", "0")
-    assert status == 1
+    assert status == 2
     assert str(tmp_path / "none") in output
     assert "Traceback" not in output
 
@@ -67,7 +67,7 @@ def test_a_redis_that_is_down(tiny_model: TinyModel) -> None:
         "redis://127.0.0.1:1",
     )
     status, output = refusal(*arguments)
-    assert status == 1
+    assert status == 2
     assert "127.0.0.1:1" in output
     assert "Traceback" not in output
 
@@ -85,7 +85,7 @@ def test_of_two_launches_that_race_for_a_port_one_goes_on(tiny_model: TinyModel)
     try:
         assert wait_until(lambda: any(each.process.poll() is not None for each in launchers), 60)
         loser, winner = sorted(launchers, key=lambda each: each.process.poll() is None)
-        assert loser.stop() == 1
+        assert loser.stop() == 2
         assert f"error: another launch (pid {winner.process.pid}) is about to use port {port};" in loser.output
         assert "Traceback" not in loser.output
         winner.wait_line("✓ checks")
@@ -115,7 +115,7 @@ def test_weights_that_are_not_whole(tiny_model: TinyModel, tmp_path: Path, keep_
     if keep_bytes is not None:
         (folder / "model.safetensors").write_bytes(weights[:keep_bytes])
     status, output = refusal("--model", str(folder), "--port", "0", "--device", "cpu")
-    assert status == 1
+    assert status == 2
     assert f"error: {folder / 'model.safetensors'} is " in output
     assert "state " not in output
     assert "Traceback" not in output

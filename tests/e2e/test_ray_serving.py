@@ -54,6 +54,15 @@ def streamed_ids(client: httpx.Client, body: dict[str, object]) -> list[int]:
     return found
 
 
+def test_an_answer_has_one_id(client: httpx.Client) -> None:
+    """Guards the client's own id, which Serve and the application both put on the answer: clients read "id, id"."""
+    for path in ("/health", "/no-such-route"):
+        given = client.get(path, headers={"x-request-id": "mine-7"}).headers
+        assert given.get_list("x-request-id") == ["mine-7"]
+        (made,) = client.get(path).headers.get_list("x-request-id")
+        assert made
+
+
 def blocks(client: httpx.Client) -> dict[tuple[str, str], float]:
     """(engine, state) -> KV blocks, from the metrics of whichever replica answers."""
     found = {}

@@ -99,6 +99,8 @@ def test_nothing_said_means_the_defaults(tmp_path: Path, text: str) -> None:
         ("engine: {kv_memory: 1KiB}", "engine.kv_memory: must be at least 65536 bytes, got 1024"),
         ("security: {api_keys: abc}", "security.api_keys: expected a list of texts, got 'abc'"),
         ("security: {api_keys: [a, ' ']}", "security.api_keys: a key is empty"),
+        ("security: {api_keys: [a, 'b ']}", "security.api_keys: a key begins or ends with a blank"),
+        ('security: {api_keys: ["\\tb"]}', "security.api_keys: a key begins or ends with a blank"),
         ("security: {api_keys: [a, 1]}", "security.api_keys.1: expected text, got 1"),
         ("pools: {prefill: 1, prefill: 2}", "key 'prefill' appears twice"),
         ("pools: {prefill: 0}", "pools: no engine can prefill; set --prefill 1, or --hybrid 1"),
