@@ -31,7 +31,7 @@ from kvbaton.router.engine_info import Role
 from support.engine_process import EngineOptions
 from support.live_cluster import LiveCluster
 
-ENGINES = EngineOptions(kv_memory_bytes=8 << 20, max_tokens_per_step=256, prefill_chunk_tokens=64)
+ENGINES = EngineOptions(kv_memory_bytes=4 << 20, max_tokens_per_step=256, prefill_chunk_tokens=64, dtype="bfloat16")
 SPARED = "prefill-1"
 CALM_S = 10.0  # without faults, before and after
 LEASE_S = 10.0

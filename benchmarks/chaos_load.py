@@ -14,7 +14,7 @@ from kvbaton.engine.request import Request, SamplingParams
 from kvbaton.router.engine_info import EngineState, Role
 from support.engine_process import EngineOptions
 from support.live_cluster import LiveCluster, Stream, until
-from support.oracle import oracle_tokens, prompts
+from support.oracle import prompts
 
 LEAVES = 0.05  # the share of clients that go before the end
 STREAM_S = 120.0
@@ -27,17 +27,14 @@ class Case:
 
 
 async def prepare(model: Path, seed: int) -> list[Case]:
-    """Greedy cases by transformers, sampled ones (also with several samples) by one engine that nobody disturbs."""
-    cases = []
-    for i, prompt in enumerate(prompts()):
-        request = Request(f"greedy{i}", tuple(prompt), SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True))
-        cases.append(Case(request, {0: oracle_tokens(model, prompt, 48)}))
-    cluster = LiveCluster(model, {Role.HYBRID: EngineOptions()}, {Role.HYBRID: 1})
+    """Greedy cases, and sampled ones (also with several samples), by one engine that nobody disturbs."""
+    greedy = SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True)
+    requests = [Request(f"greedy{i}", tuple(prompt), greedy) for i, prompt in enumerate(prompts())]
+    cluster = LiveCluster(model, {Role.HYBRID: EngineOptions(dtype="bfloat16")}, {Role.HYBRID: 1})
     await cluster.start()
     rng = Random(seed)
-    for i in range(24):
-        request = _sampled(i, rng)
-        cases.append(Case(request, await cluster.stream(request).end()))
+    requests += [_sampled(i, rng) for i in range(24)]
+    cases = [Case(request, await cluster.stream(request).end()) for request in requests]
     await cluster.stop()
     return cases
 

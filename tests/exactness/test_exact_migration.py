@@ -62,9 +62,13 @@ class Reader:
 
 
 @pytest.mark.parametrize(("pipelined", "penalty"), [("off", 0.3), ("on", 0.0)], ids=["each", "pipelined"])
-async def test_long_sequence_moves_while_it_decodes(tiny_model: TinyModels, pipelined: str, penalty: float) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_long_sequence_moves_while_it_decodes(
+    tiny_model: TinyModels, pipelined: str, penalty: float, dtype: str
+) -> None:
     """2,000 tokens of context, there and back; and three samples of another request, one of which moves."""
-    async with LocalCluster(tiny_model(Family.LLAMA), ROLES, EngineOptions(pipelined=pipelined)) as cluster:
+    options = EngineOptions(pipelined=pipelined, dtype=dtype)
+    async with LocalCluster(tiny_model(Family.LLAMA), ROLES, options) as cluster:
         still = await cluster.tokens(sampled("still", CONTEXT, 500, penalty=penalty))
         still_n = await cluster.tokens(sampled("still-n", 300, 400, 3, penalty))
         moving = Reader(cluster, sampled("moving", CONTEXT, 500, penalty=penalty))
@@ -84,7 +88,7 @@ async def test_long_sequence_moves_while_it_decodes(tiny_model: TinyModels, pipe
 
 
 async def test_drained_engine_empties_while_its_streams_go_on(tiny_model: TinyModels) -> None:
-    async with LocalCluster(tiny_model(Family.QWEN3), ROLES) as cluster:
+    async with LocalCluster(tiny_model(Family.QWEN3), ROLES, EngineOptions(dtype="bfloat16")) as cluster:
         requests = [sampled(f"r{i}", 60 + 40 * i, 500) for i in range(4)]
         still = [await cluster.tokens(request) for request in requests]
         readers = [Reader(cluster, request) for request in requests]

@@ -6,49 +6,24 @@ far as this machine can run it.
 
 from __future__ import annotations
 
-import platform
-import shutil
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-from kvbaton.kernels.native_build import FLAGS, LIBRARIES, SOURCES
-from kvbaton.kernels.native_lib import load_library, native_library
-from support.native_products import Int8Products
+from kvbaton.kernels.native_lib import native_library
+from support.native_products import BUILDS, Int8Products, library_for
 
 pytestmark = pytest.mark.process
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BUILDS = {
-    "own": (),
-    "no byte tables": ("-mno-avx512vbmi",),
-    "no bfloat16 products": ("-mno-avx512bf16",),
-    "8 lanes": ("-mno-avx512f",),
-    "4 lanes": ("-mno-avx512f", "-mno-avx2", "-mno-f16c"),
-}
 # rows of one and of several tiles, past a block of kept sums; inputs of less than a slice, whole ones, and a rest
 SHAPES = ((1, 2, 1), (3, 96, 31), (12, 256, 33), (13, 258, 64), (33, 770, 100), (260, 512, 40))
 
 
 @pytest.fixture(scope="module", params=BUILDS)
 def products(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Int8Products]:
-    library = native_library()
-    if library is None:
-        pytest.skip("no native library here: see the log for the reason")
-    flags = BUILDS[request.param]
-    if flags:
-        if platform.machine() != "x86_64":
-            pytest.skip("these builds are for x86")
-        path: Path = tmp_path_factory.mktemp("native") / "library.so"
-        sources = sorted(SOURCES.glob("*.c"))
-        compiler = shutil.which("gcc") or "cc"
-        command = [compiler, *FLAGS, "-O1", *flags, *sources, "-o", path, *LIBRARIES]
-        subprocess.run(command, check=True, timeout=600)
-        library = load_library(path)
-    made = Int8Products(library)
+    made = Int8Products(library_for(request.param, tmp_path_factory.mktemp("native")))
     yield made
     made.close()
 

@@ -50,6 +50,7 @@ class EngineOptions:
     step_limit_s: float = 60.0
     pipelined: str = "auto"
     quantization: str = "none"
+    dtype: str = "float32"
 
 
 def host_spec(engine_id: str, role: Role, model: Path, options: EngineOptions, generation: int = 1) -> EngineHostSpec:
@@ -58,7 +59,7 @@ def host_spec(engine_id: str, role: Role, model: Path, options: EngineOptions, g
     engine = EngineConfig(
         model,
         options.device,
-        dtype="float32",
+        dtype=options.dtype,
         threads=1,
         cache=cache,
         batch=batch,

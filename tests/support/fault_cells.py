@@ -21,10 +21,10 @@ from support.live_cluster import LiveCluster, Stream, until, until_told
 
 PREFILL, DECODE = "prefill-0", "decode-0"
 FREEZE_S = 5.0
-_BLOCK_BYTES = 16 << 10  # of a tiny model
+_BLOCK_BYTES = 8 << 10  # of a tiny model in bfloat16
 OPTIONS = {
-    Role.PREFILL: EngineOptions(64 * _BLOCK_BYTES, 16, 16, prefix_cache=False),
-    Role.DECODE: EngineOptions(40 * _BLOCK_BYTES, 16, 16, prefix_cache=False),
+    Role.PREFILL: EngineOptions(64 * _BLOCK_BYTES, 16, 16, prefix_cache=False, dtype="bfloat16"),
+    Role.DECODE: EngineOptions(40 * _BLOCK_BYTES, 16, 16, prefix_cache=False, dtype="bfloat16"),
 }
 ALWAYS_SPLIT = RouterConfig(local_prefill_max_tokens=0)
 

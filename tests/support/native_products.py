@@ -7,6 +7,7 @@ their instructions; where it has, they run for real.
 from __future__ import annotations
 
 import ctypes
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from kvbaton.kernels.native_build import FLAGS, LIBRARIES, SOURCES
-from kvbaton.kernels.native_lib import DTYPE_CODES, ModelStruct, load_library
+from kvbaton.kernels.native_lib import DTYPE_CODES, ModelStruct, load_library, native_library
 
 TRAPS = Path(__file__).parent.parent / "kernels" / "amx_traps.c"
 TILES = ("-mamx-tile", "-mamx-bf16")
@@ -33,6 +34,30 @@ def compiler_with(folder: Path, *flags: str) -> str:
     if tried.returncode:
         pytest.skip(f"{compiler} {' '.join(flags)}: {tried.stderr.strip()[-200:]}")
     return compiler
+
+
+BUILDS = {
+    "own": (),
+    "no byte tables": ("-mno-avx512vbmi",),
+    "no bfloat16 products": ("-mno-avx512bf16",),
+    "8 lanes": ("-mno-avx512f",),
+    "4 lanes": ("-mno-avx512f", "-mno-avx2", "-mno-f16c"),
+}
+
+
+def library_for(build: str, folder: Path) -> ctypes.CDLL:
+    """The library as `BUILDS` names it, compiled into `folder`; skips the test where it cannot be had."""
+    library = native_library()
+    if library is None:
+        pytest.skip("no native library here: see the log for the reason")
+    if not BUILDS[build]:
+        return library
+    if platform.machine() != "x86_64":
+        pytest.skip("these builds are for x86")
+    path, compiler = folder / "library.so", shutil.which("gcc") or "cc"
+    command = [compiler, *FLAGS, "-O1", *BUILDS[build], *sorted(SOURCES.glob("*.c")), "-o", path, *LIBRARIES]
+    subprocess.run(command, check=True, timeout=600)
+    return load_library(path)
 
 
 def build(folder: Path) -> Path:
