@@ -96,10 +96,9 @@ def json_logprob(logprob: float) -> float:
 
 
 class TokenText(NamedTuple):
-    """One token alone. `chars` counts the characters that begin in it: none for a special token that text omits."""
+    """One token alone."""
 
     label: str  # unique per token where it can be: the text, or "bytes:\\xe2" for a part of a character
-    chars: int
     json: bytes  # the start of a chat entry, up to the log-probability
 
 
@@ -119,8 +118,6 @@ class TokenTexts:
     def _read(self, token_id: int) -> TokenText:
         raw = self._tokenizer.token_bytes(token_id)
         text = raw.decode("utf-8", errors="replace")
-        special = self._tokenizer.decode([token_id], skip_special_tokens=True) == ""
         label = text if "\ufffd" not in text else "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-        chars = 0 if special else sum(byte & 0xC0 != 0x80 for byte in raw)
         start = b'{"token":%b,"bytes":%b,"logprob":' % (orjson.dumps(text), orjson.dumps(list(raw)))
-        return TokenText(label, chars, start)
+        return TokenText(label, start)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import orjson
 from starlette.requests import Request as HttpRequest
@@ -29,6 +30,7 @@ from kvbaton.cluster.http.protocol import CompletionRequest, parse_body
 from kvbaton.cluster.http.reply import GenerationReply
 from kvbaton.cluster.http.service import Service
 from kvbaton.engine.request import FinishReason, TokenLogprobs
+from kvbaton.engine.text.detokenizer import IncrementalDetokenizer
 
 DEFAULT_MAX_TOKENS = 16  # the API's own default here; a chat goes on to the end of the context
 
@@ -56,16 +58,24 @@ class CompletionEndpoint:
             runs=calls.runs,
             samples=len(calls.runs[0].choices),
             texts=self._texts,
-            echo=tuple(self._echo_text(prompt) for prompt in prompts) if body.echo else (),
+            echo=tuple(self._echo(prompt, body) for prompt in prompts) if body.echo else (),
+            new_detokenizer=partial(
+                service.tokenizer.detokenizer, skip_special_tokens=body.skip_special_tokens is not False
+            ),
         )
         generation = calls.start()
         renderer: Renderer = CompletionStream(shape, generation.usage) if body.stream else CompletionWhole(shape)
         return GenerationReply(generation, renderer, stream=bool(body.stream))
 
-    def _echo_text(self, prompt: Prompt) -> str:
+    def _echo(self, prompt: Prompt, body: CompletionRequest) -> Echo:
+        tokenizer = self._service.tokenizer
+        text = prompt.text if prompt.text is not None else tokenizer.decode(prompt.token_ids)
+        if body.logprobs is None:
+            return Echo(text)
         if prompt.text is not None:
-            return prompt.text
-        return self._service.tokenizer.decode(prompt.token_ids, skip_special_tokens=True)
+            return Echo(text, tuple(tokenizer.starts(text, body.add_special_tokens is not False)))
+        places = TextPlaces(tokenizer.detokenizer())
+        return Echo(text, tuple(places.next(token) for token in prompt.token_ids))
 
 
 def check_legacy(body: CompletionRequest) -> None:
@@ -90,22 +100,45 @@ def token_budget(body: CompletionRequest) -> TokenBudget:
     return TokenBudget(None, default=DEFAULT_MAX_TOKENS)
 
 
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt's text, and where in it each of its tokens begins where somebody asks for that."""
+
+    text: str
+    places: tuple[int, ...] = ()
+
+
+class TextPlaces:
+    """Where the text of each token begins, in the text that follows `start` characters."""
+
+    __slots__ = ("_detokenizer", "_out")
+
+    def __init__(self, detokenizer: IncrementalDetokenizer, start: int = 0) -> None:
+        self._detokenizer = detokenizer
+        self._out = start
+
+    def next(self, token_id: int) -> int:
+        """The place of this token, which follows those that were asked for before."""
+        place = self._out + self._detokenizer.begun()
+        self._out += len(self._detokenizer.push(token_id))
+        return place
+
+
 @dataclass(slots=True)
 class LegacyLogprobs:
-    """The four parallel lists of `/v1/completions`. `offset` is where the next token's text begins."""
+    """The four parallel lists of `/v1/completions`."""
 
-    offset: int = 0
+    places: TextPlaces
     tokens: list[str] = field(default_factory=list)
     token_logprobs: list[float | None] = field(default_factory=list)
     top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
     text_offset: list[int] = field(default_factory=list)
 
-    def add(self, texts: TokenTexts, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        """The first token of a prompt has no log-probability: nothing precedes it."""
+    def add(self, texts: TokenTexts, token_id: int, logprobs: TokenLogprobs | None, place: int) -> None:
+        """`place`: where the token's text begins. The first token of a prompt has no log-probability."""
         text = texts.of(token_id)
         self.tokens.append(text.label)
-        self.text_offset.append(self.offset)
-        self.offset += text.chars
+        self.text_offset.append(place)
         if logprobs is None:
             self.token_logprobs.append(None)
             self.top_logprobs.append(None)
@@ -127,14 +160,15 @@ class LegacyLogprobs:
 @dataclass(frozen=True, slots=True)
 class CompletionShape:
     """What both forms of the answer are made from. `head` starts every chunk or body. Choice `i` is a sample of prompt
-    `i // samples`; `echo` has each prompt's text, or is empty."""
+    `i // samples`; `echo` has one of each prompt, or is empty."""
 
     head: bytes
     extras: Extras
     runs: Sequence[PromptRun]
     samples: int
     texts: TokenTexts
-    echo: tuple[str, ...] = ()
+    new_detokenizer: Callable[[tuple[int, ...]], IncrementalDetokenizer]
+    echo: tuple[Echo, ...] = ()
 
     @property
     def choices(self) -> int:
@@ -144,18 +178,30 @@ class CompletionShape:
         return self.runs[choice // self.samples]
 
     def echo_text(self, choice: int) -> str:
-        return self.echo[choice // self.samples]
+        return self.echo[choice // self.samples].text
+
+    def logprobs(self) -> list[LegacyLogprobs]:
+        """Those of each choice, still empty; no lists at all where nobody asks for them."""
+        if not self.extras.logprobs:
+            return []
+        starts = [len(echo.text) for echo in self.echo] or [0] * len(self.runs)
+        return [
+            LegacyLogprobs(TextPlaces(self.new_detokenizer(run.request.prompt), start))
+            for run, start in zip(self.runs, starts, strict=True)
+            for _ in range(self.samples)
+        ]
 
     def add_prompt(self, legacy: LegacyLogprobs, choice: int) -> None:
         """The prompt's tokens, echoed with the log-probabilities that came with the first token."""
         run = self.run(choice)
         known = run.prompt_logprobs or (None,) * len(run.request.prompt)
-        for token_id, logprobs in zip(run.request.prompt, known, strict=True):
-            legacy.add(self.texts, token_id, logprobs)
+        places = self.echo[choice // self.samples].places
+        for token_id, logprobs, place in zip(run.request.prompt, known, places, strict=True):
+            legacy.add(self.texts, token_id, logprobs, place)
 
     def add_token(self, legacy: LegacyLogprobs, delta: Delta) -> None:
         if delta.token_id is not None and delta.logprobs is not None:
-            legacy.add(self.texts, delta.token_id, delta.logprobs)
+            legacy.add(self.texts, delta.token_id, delta.logprobs, legacy.places.next(delta.token_id))
 
 
 class CompletionStream:
@@ -169,7 +215,7 @@ class CompletionStream:
         self._head = b"data: " + shape.head
         self._starts = [self._head + b'[{"index":%d,"text":' % index for index in range(shape.choices)]
         self._text_end = b',"logprobs":null,"finish_reason":null}]' + self._end()
-        self._legacy = [LegacyLogprobs() for _ in range(shape.choices)] if extras.logprobs else []
+        self._legacy = shape.logprobs()
         self._unopened = set(range(shape.choices)) if shape.echo or extras.token_ids else set[int]()
 
     def render(self, deltas: Sequence[Delta]) -> bytes:
@@ -231,7 +277,6 @@ class _Text:
     """One choice of a whole answer as it is collected."""
 
     text: list[str] = field(default_factory=list)
-    logprobs: LegacyLogprobs = field(default_factory=LegacyLogprobs)
     token_ids: list[int] = field(default_factory=list)
     finish: FinishReason | None = None
 
@@ -242,28 +287,30 @@ class CompletionWhole:
     def __init__(self, shape: CompletionShape) -> None:
         self._shape = shape
         self._choices = [_Text() for _ in range(shape.choices)]
+        self._legacy = shape.logprobs()
         self._unopened = set(range(shape.choices)) if shape.echo else set[int]()
 
     def render(self, deltas: Sequence[Delta]) -> bytes:
         for delta in deltas:
             if delta.choice in self._unopened:
                 self._echo(delta.choice)
-            self._add(self._choices[delta.choice], delta)
+            self._add(delta)
         return b""
 
     def _echo(self, choice: int) -> None:
         self._unopened.discard(choice)
         self._choices[choice].text.append(self._shape.echo_text(choice))
-        if self._shape.extras.logprobs:
-            self._shape.add_prompt(self._choices[choice].logprobs, choice)
+        if self._legacy:
+            self._shape.add_prompt(self._legacy[choice], choice)
 
-    def _add(self, text: _Text, delta: Delta) -> None:
+    def _add(self, delta: Delta) -> None:
+        text = self._choices[delta.choice]
         text.text.append(delta.text)
         text.finish = delta.finish
         if delta.token_id is not None:
             text.token_ids.append(delta.token_id)
-        if self._shape.extras.logprobs:
-            self._shape.add_token(text.logprobs, delta)
+        if self._legacy:
+            self._shape.add_token(self._legacy[delta.choice], delta)
 
     def close(self, usage: Usage) -> bytes:
         choices = b",".join(self._choice(index, text) for index, text in enumerate(self._choices))
@@ -278,7 +325,7 @@ class CompletionWhole:
             b'{"index":%d,"text":' % index,
             orjson.dumps("".join(text.text)),
             b',"logprobs":',
-            text.logprobs.take_json() if self._shape.extras.logprobs else b"null",
+            self._legacy[index].take_json() if self._legacy else b"null",
             b',"finish_reason":',
             finish_json(text.finish),
             ids,

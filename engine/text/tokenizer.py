@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,17 @@ class Tokenizer:
         """Special tokens in `text` become their ids; `add_special_tokens` adds those that start every prompt (BOS)."""
         ids: list[int] = self._rust.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def starts(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """For each token of `encode`, where its part of `text` begins: behind the parts of the tokens before it."""
+        encoding = self._rust.encode(text, add_special_tokens=add_special_tokens)
+        spans, nexts = encoding.offsets, [*encoding.offsets[1:], (-1, -1)]
+        # A space that the tokenizer puts before a word is no part of the text, but has the span of what follows.
+        ends = [
+            first if piece == "▁" and first == after else end
+            for piece, (first, end), (after, _) in zip(encoding.tokens, spans, nexts, strict=False)
+        ]
+        return [0, *accumulate(ends, max)][: len(ends)]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Incomplete characters become U+FFFD; ids without a token become nothing."""

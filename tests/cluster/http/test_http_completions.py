@@ -6,10 +6,15 @@ import asyncio
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, normalizers, processors
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from kvbaton.cluster.http.app import create_app
 from kvbaton.cluster.http.service import SamplingDefaults
 from kvbaton.engine.request import FinishReason, Request
+from kvbaton.engine.text.tiny_tokenizer import IM_END
 from kvbaton.engine.text.tokenizer import Tokenizer
 from support.http_support import MODEL_ID, ScriptedClient, Step, http_client, make_service, outputs, say, sse_events
 
@@ -128,6 +133,45 @@ async def test_echo_with_logprobs(tokenizer: Tokenizer, stream: bool) -> None:
     assert lists["text_offset"] == [0, 0, 1, 2, 3, 3, 4]
     assert lists["token_logprobs"] == [None] + [-0.5] * 6
     assert lists["top_logprobs"] == [None, *({token: -0.5} for token in lists["tokens"][1:])]
+
+
+def sentencepiece() -> Tokenizer:
+    """As Llama 2: a space before the first word that the text does not have, and bytes for what is no piece."""
+    words = ["▁", "▁the", "▁sea", "t", "h", "e", "s", "a", IM_END]
+    pieces = ["<s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    rust = RustTokenizer(BPE({piece: index for index, piece in enumerate(pieces)}, [], byte_fallback=True))
+    rust.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    rust.decoder = decoders.Sequence(steps)
+    rust.add_special_tokens(["<s>", IM_END])
+    rust.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=rust))
+
+
+@pytest.mark.parametrize("prompt", ["the sea", " the", "aé the 😀😁a", "é<s>the", "sea "])
+@pytest.mark.parametrize("as_ids", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_offsets_are_places_in_the_text(prompt: str, as_ids: bool, stream: bool) -> None:
+    """Whether a space before the first word is the tokenizer's own; characters of several tokens; special tokens."""
+    tokenizer = sentencepiece()
+    client = ScriptedClient(say(tokenizer, "é the😀sea"))
+    given = tokenizer.encode(prompt) if as_ids else prompt
+    reply = await ask(client, tokenizer, prompt=given, echo=True, logprobs=0, stream=stream)
+    parts = [event["choices"][0]["logprobs"] for event in reply] if stream else [reply["choices"][0]["logprobs"]]
+    text = joined(reply) if stream else reply["choices"][0]["text"]
+    found = [pair for part in parts for pair in zip(part["tokens"], part["text_offset"], strict=True)]
+    nexts = [place for _, place in found[1:]]
+    shown = [
+        (token, text[place : place + len(token)])
+        for (token, place), after in zip(found, nexts, strict=False)
+        if token[0] not in "<b" and place < after
+    ]
+    assert len(shown) > 5
+    for number, (token, piece) in enumerate(shown):
+        assert token == piece or (number == 0 and token.strip() == piece[: len(token.strip())])
+    assert [place for _, place in found] == sorted(place for _, place in found)
+    assert found[0] == ("<s>", 0)
+    assert found[1][1] == 0
 
 
 async def test_scores_of_a_prompt_alone(tokenizer: Tokenizer) -> None:
