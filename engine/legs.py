@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvbaton.engine.orders import LegKind, Submit
-from kvbaton.engine.request import Request, TokenLogprobs
+from kvbaton.engine.request import ErrorCause, Request, TokenLogprobs
 from kvbaton.engine.sequence import Sequence
 from kvbaton.kvtransfer.messages import HandoffKey
 
@@ -45,6 +45,7 @@ class Ending:
 
     leg: Leg
     error: str | None
+    cause: ErrorCause | None = None
 
 
 class Legs:

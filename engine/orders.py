@@ -18,6 +18,7 @@ import msgspec
 
 from kvbaton.engine.request import (
     MAX_ERROR_CHARS,
+    ErrorCause,
     FinishReason,
     Natural,
     Request,
@@ -45,12 +46,12 @@ class Submit:
     kind: LegKind
     peer: PeerAddress | None = None
 
-    def refused(self, message: str) -> list[TokenOutput]:
+    def refused(self, message: str, cause: ErrorCause | None = None) -> list[TokenOutput]:
         """The outputs that end every sample of the request without a token."""
         request = self.request
         name, epoch, index = request.request_id, request.epoch, len(request.emitted)
         return [
-            TokenOutput(name, epoch, sample, index, None, finish=FinishReason.ERROR, error=message)
+            TokenOutput(name, epoch, sample, index, None, finish=FinishReason.ERROR, error=message, cause=cause)
             for sample in request.sample_indices
         ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvbaton.engine.batch import SampledToken
 from kvbaton.engine.legs import Leg
 from kvbaton.engine.orders import Notice
-from kvbaton.engine.request import FinishReason, TokenOutput
+from kvbaton.engine.request import ErrorCause, FinishReason, TokenOutput
 from kvbaton.engine.sequence import Sequence
 
 
@@ -25,9 +25,9 @@ class Outbox:
         self._tokens.setdefault(leg.session_id, []).append(_output(leg, seq, drawn, finish))
         return finish
 
-    def refuse(self, leg: Leg, error: str) -> None:
+    def refuse(self, leg: Leg, error: str, cause: ErrorCause | None) -> None:
         """Every sample of a request ends without a token."""
-        self._tokens.setdefault(leg.session_id, []).extend(leg.submit.refused(error))
+        self._tokens.setdefault(leg.session_id, []).extend(leg.submit.refused(error, cause))
 
     def notice(self, session_id: int, notice: Notice) -> None:
         self._notices.append((session_id, notice))

@@ -43,6 +43,12 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+class ErrorCause(enum.StrEnum):
+    """What kind of ERROR an end is, where something depends on it. QUEUE_FULL: nothing was begun, nothing is wrong."""
+
+    QUEUE_FULL = "queue_full"
+
+
 class SamplingParams(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """How the tokens of a request are chosen. All values are already checked (`check`) and defaults resolved.
 
@@ -148,7 +154,8 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     """One token of one sample, numbered from 0 by `index`; the unit that travels from engine to ingress.
 
     A sample that ends without a new token (abort, error) has `token_id` None. `cached_tokens` and `prompt_logprobs`
-    are set on the first token that an engine makes for a request (index == len(request.emitted)).
+    are set on the first token that an engine makes for a request (index == len(request.emitted)). `error` is for
+    people, `cause` for programs.
     """
 
     request_id: RequestId
@@ -161,3 +168,4 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
     cached_tokens: Natural | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     error: Annotated[str, msgspec.Meta(max_length=MAX_ERROR_CHARS)] | None = None
+    cause: ErrorCause | None = None

@@ -114,6 +114,7 @@ class EngineView:
     own_prefill_tokens: int = 0  # placed here, first token not seen yet
     own_requests: int = 0  # placed here to decode, not finished
     own_context_tokens: int = 0
+    refusing: bool = False  # it has just refused a request for want of room
     own_legs: int = 0  # requests that have this engine do anything, a hand-off included
 
     @property
@@ -140,12 +141,13 @@ class EngineView:
 
     @property
     def full(self) -> bool:
-        """It would refuse another request: the own ones alone fill it."""
-        return self.own_legs >= self.info.max_requests
+        """It would refuse another request: the own ones alone fill it, or those of other ingresses do."""
+        return self.refusing or self.own_legs >= self.info.max_requests
 
     def observe(self, load: EngineLoad) -> None:
         """Take over the numbers of a frame. A step without prompt tokens waiting shows the time of a decode step."""
         self.load = load
+        self.refusing = False
         if load.queued_prefill_tokens == 0:
             self.times.observe_step(load.running_requests, load.step_s)
 
@@ -269,7 +271,7 @@ def _excess(candidate: Candidate, demand: Demand, config: RouterConfig) -> _Exce
     view = candidate.view
     if view.full:
         reason = f"{view.own_legs} requests are there"
-        return _Excess(reason, _ends_s(view, view.own_legs + 1 - view.info.max_requests, config))
+        return _Excess(reason, _ends_s(view, max(1, view.own_legs + 1 - view.info.max_requests), config))
     if not config.admission:
         return None
     queued = view.queued_prefill_tokens

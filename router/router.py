@@ -94,6 +94,12 @@ class Router:
         self._generations.pop(engine_id, None)
         self.index.remove(engine_id)
 
+    def refused(self, engine_id: str) -> None:
+        """The engine has no room, whatever the book says, until its next numbers come."""
+        view = self._views.get(engine_id)
+        if view is not None:
+            view.refusing = True
+
     def has_room(self) -> bool:
         """Whether any engine takes another request."""
         return any(view.info.state is EngineState.READY and not view.full for view in self._views.values())

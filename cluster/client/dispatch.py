@@ -16,7 +16,15 @@ from functools import partial
 
 from kvbaton.cluster.client.api import DeadlineExceeded, EngineLost, NoEngines, Overloaded, ServiceError
 from kvbaton.cluster.client.attempts import Attempts
-from kvbaton.cluster.client.live_request import Attempt, EngineSession, LiveRequest, Timers, TokenGap, resume_request
+from kvbaton.cluster.client.live_request import (
+    Attempt,
+    EngineSession,
+    LiveRequest,
+    SampleFailure,
+    Timers,
+    TokenGap,
+    resume_request,
+)
 from kvbaton.cluster.client.migration import ClientMigrations, Recompute
 from kvbaton.cluster.client.settings import ClientConfig, ClientCounters
 from kvbaton.cluster.session.client import SessionLost
@@ -101,7 +109,7 @@ class Dispatch:
     def step(self, session: EngineSession, outputs: list[TokenOutput]) -> None:
         """The tokens of one engine step: each goes to its request, then each reader is woken once."""
         touched: dict[int, LiveRequest] = {}
-        failed: list[tuple[Attempt, int, str]] = []
+        failed: list[tuple[Attempt, int, SampleFailure]] = []
         for output in outputs:
             attempt = self._attempts.get(output.request_id)
             if attempt is None or output.epoch != attempt.request.epoch:
@@ -111,9 +119,9 @@ class Dispatch:
             if attempt.standby:
                 self._take_all(attempt, self._migrations.output(attempt, output))
                 continue
-            reason = self._take(attempt, session, output)
-            if reason is not None:
-                failed.append((attempt, output.sample, reason))
+            failure = self._take(attempt, session, output)
+            if failure is not None:
+                failed.append((attempt, output.sample, failure))
         self._settle_failures(failed)
         for live in touched.values():
             live.wake()
@@ -145,7 +153,8 @@ class Dispatch:
         self._attempts.lost(session)
         self._migrations.lost(session)
         for attempt in [attempt for attempt in self._attempts if not attempt.standby]:
-            self._fail(attempt, attempt.needing(session), f"engine {engine_id}: {reason}", frozenset((engine_id,)))
+            failure = SampleFailure(f"engine {engine_id}: {reason}")
+            self._fail(attempt, attempt.needing(session), failure, frozenset((engine_id,)))
 
     def retry_parked(self) -> None:
         """An engine has come or changed: perhaps it takes those that found none."""
@@ -164,6 +173,7 @@ class Dispatch:
         self._resume(live, parked, frozenset())
         if not live.parked:
             self._parked.pop(id(live), None)
+            live.cancel_wait()
         return not live.parked
 
     # -- attempts --
@@ -175,32 +185,35 @@ class Dispatch:
         else:
             self._counters.placed_local += 1
 
-    def _take(self, attempt: Attempt, session: EngineSession, output: TokenOutput) -> str | None:
+    def _take(self, attempt: Attempt, session: EngineSession, output: TokenOutput) -> SampleFailure | None:
         """Returns why the sample has to be resumed, if it has to."""
         try:
-            reason = attempt.live.accept(attempt, session, output)
+            failure = attempt.live.accept(attempt, session, output)
         except TokenGap as gap:
-            return str(gap)
+            return SampleFailure(str(gap))
+        if failure is not None and failure.queue_full:
+            self._router.refused(session.info.engine_id)
+            return failure
         self._attempts.first_token(attempt)
         if attempt.decoding:
             self._attempts.handed_over(attempt)
         if output.finish is not None and attempt.live.samples[output.sample].done:
             self._sample_done(attempt, output.sample)
-        return reason
+        return failure
 
     def _take_all(self, target: Attempt, outputs: list[TokenOutput]) -> None:
         """Take those of a target's outputs that are its sample's now."""
         for output in outputs:
-            reason = self._take(target, target.second, output)
-            if reason is not None:
-                self._settle_failures([(target, output.sample, reason)])
+            failure = self._take(target, target.second, output)
+            if failure is not None:
+                self._settle_failures([(target, output.sample, failure)])
         target.live.wake()
 
     def _recompute(self, lost: Recompute) -> None:
         """Resume a sample that its migration has cost its engine."""
         lost.attempt.live.resumes -= not lost.counted
         engines = frozenset((lost.attempt.second.info.engine_id,))
-        self._fail(lost.attempt, {lost.sample}, lost.reason, engines)
+        self._fail(lost.attempt, {lost.sample}, SampleFailure(lost.reason), engines)
 
     def _sample_done(self, attempt: Attempt, sample: int) -> None:
         """With its last sample an attempt is over; a decode leg that never got to decode is told."""
@@ -212,23 +225,27 @@ class Dispatch:
             attempt.second.abort(attempt.request.request_id)
         self._attempts.end(attempt)
 
-    def _settle_failures(self, failed: Iterable[tuple[Attempt, int, str]]) -> None:
+    def _settle_failures(self, failed: Iterable[tuple[Attempt, int, SampleFailure]]) -> None:
         """Fail each attempt once, for all of its samples that did."""
-        grouped: dict[int, tuple[Attempt, set[int], str]] = {}
-        for attempt, sample, reason in failed:
-            grouped.setdefault(id(attempt), (attempt, set(), reason))[1].add(sample)
-        for attempt, samples, reason in grouped.values():
+        grouped: dict[int, tuple[Attempt, set[int], SampleFailure]] = {}
+        for attempt, sample, failure in failed:
+            grouped.setdefault(id(attempt), (attempt, set(), failure))[1].add(sample)
+        for attempt, samples, failure in grouped.values():
             engines = frozenset((attempt.first.info.engine_id, attempt.second.info.engine_id))
-            self._fail(attempt, samples & attempt.unfinished, reason, engines)
+            self._fail(attempt, samples & attempt.unfinished, failure, engines)
 
-    def _fail(self, attempt: Attempt, samples: set[int], reason: str, avoid: frozenset[str]) -> None:
-        """End an attempt for some of its samples (maybe none) and go on elsewhere, if not done too often."""
+    def _fail(self, attempt: Attempt, samples: set[int], failure: SampleFailure, avoid: frozenset[str]) -> None:
+        """End an attempt for some of its samples (maybe none) and go on elsewhere, if not done too often. That an
+        engine was full does not count."""
         if not samples:
             return
-        live = attempt.live
-        live.resumes += 1
+        live, reason = attempt.live, failure.reason
+        live.resumes += not failure.queue_full
+        if failure.queue_full:
+            live.turned_away |= samples
         live.last_reason = reason
-        log.warning("request %s: samples %s to be resumed: %s", attempt.request.request_id, sorted(samples), reason)
+        level = logging.DEBUG if failure.queue_full else logging.WARNING
+        log.log(level, "request %s: samples %s go elsewhere: %s", attempt.request.request_id, sorted(samples), reason)
         for index in samples:
             self._migrations.call_off(live, index, reason)
         attempt.abort(None if samples == attempt.unfinished else samples)
@@ -251,10 +268,12 @@ class Dispatch:
                 continue
             request = resume_request(live, index, self._timers.now())
             decision = self._router.place(request, avoid, admit=False)
+            live.waits_for_room = isinstance(decision, Refused)
             if isinstance(decision, Refused | Unavailable):
                 self._park(live, index)
                 continue
-            self._counters.resumed += 1
+            self._counters.resumed += index not in live.turned_away
+            live.turned_away.discard(index)
             try:
                 self._submit(live, request, decision)
             except SessionLost:
@@ -266,11 +285,26 @@ class Dispatch:
         live.parked.append(index)
         self._parked[id(live)] = live
         if live.cancel_park is None:
-            live.cancel_park = self._timers.call_later(self._config.park_s, partial(self._park_over, live))
+            live.cancel_park = self._timers.call_later(self._wait_s(live), partial(self._park_over, live))
+
+    def _wait_s(self, live: LiveRequest) -> float:
+        """A request without a token may come again: it waits for room only shortly, all its waits together."""
+        if live.begun or not live.turned_away:
+            return self._config.park_s
+        now = self._timers.now()
+        live.wait_ends_s = live.wait_ends_s or now + self._config.full_wait_s
+        return max(0.0, live.wait_ends_s - now)
 
     def _park_over(self, live: LiveRequest) -> None:
         live.cancel_park = None
-        if live.parked:
+        if not live.parked:
+            return
+        if live.turned_away and not live.begun:
+            self._counters.refused += 1
+            self.end(live, Overloaded("the queue of every engine is full", self._config.full_wait_s))
+        elif live.waits_for_room:  # the engines work, and its own time limit goes on
+            live.cancel_park = self._timers.call_later(self._config.park_s, partial(self._park_over, live))
+        else:
             self._give_up(live, f"no engine came within {self._config.park_s:g} s")
 
     def _give_up(self, live: LiveRequest, why: str) -> None:

@@ -18,7 +18,7 @@ from typing import Protocol
 from msgspec import structs
 
 from kvbaton.engine.orders import Migrate, Submit
-from kvbaton.engine.request import FinishReason, Request, TokenOutput
+from kvbaton.engine.request import ErrorCause, FinishReason, Request, TokenOutput
 from kvbaton.router.engine_info import EngineInfo
 from kvbaton.router.router import Booking
 
@@ -69,6 +69,14 @@ class LoopTimers:
 
 class TokenGap(RuntimeError):
     """A token came whose predecessor can no longer come."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFailure:
+    """Why a sample cannot go on where it is. `queue_full`: it had not begun there, and nothing is wrong."""
+
+    reason: str
+    queue_full: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -187,6 +195,9 @@ class LiveRequest:
         self.resumes = 0
         self.last_reason = ""  # of a failure, for the message of the error if there is no further try
         self.parked: list[int] = []  # samples that wait for an engine to come
+        self.turned_away: set[int] = set()  # samples that an engine had no room for, and none has taken since
+        self.waits_for_room = False  # what is parked waits for a place, not for an engine
+        self.wait_ends_s: float | None = None  # of a request that waits for room without a token
         self.cancel_park: Callable[[], None] | None = None  # the end of their wait
         self.deadline_s: float | None = None  # when the request's time is up, on the clock of `Timers`
         self.cancel_deadline: Callable[[], None] | None = None
@@ -200,10 +211,22 @@ class LiveRequest:
         return self._error is not None or all(sample.done for sample in self.samples.values())
 
     @property
+    def begun(self) -> bool:
+        """Whether the client has any token."""
+        before = len(self.request.emitted)
+        return any(len(sample.tokens) > before for sample in self.samples.values())
+
+    @property
     def attempts(self) -> list[Attempt]:
         """The live ones, each once."""
         found = {id(s.attempt): s.attempt for s in self.samples.values() if s.attempt is not None}
         return list(found.values())
+
+    def cancel_wait(self) -> None:
+        """Nothing is parked any more."""
+        if self.cancel_park is not None:
+            self.cancel_park()
+        self.cancel_park = None
 
     def cancel_timers(self) -> None:
         for cancel in (self.cancel_park, self.cancel_deadline):
@@ -211,7 +234,7 @@ class LiveRequest:
                 cancel()
         self.cancel_park = self.cancel_deadline = None
 
-    def accept(self, attempt: Attempt, session: EngineSession, output: TokenOutput) -> str | None:
+    def accept(self, attempt: Attempt, session: EngineSession, output: TokenOutput) -> SampleFailure | None:
         """Take one output of an attempt. Returns why the sample has to be resumed, if it has to. Raises `TokenGap`."""
         sample = self.samples.get(output.sample)
         if sample is None or sample.done or not attempt.makes(output.sample):
@@ -219,7 +242,8 @@ class LiveRequest:
         if output.finish in _FAILURES:
             if output.sample not in attempt.needing(session):
                 return None  # prefill complains of a hand-off that decode has completed
-            return f"engine {session.info.engine_id}: {output.error or output.finish}"
+            reason = f"engine {session.info.engine_id}: {output.error or output.finish}"
+            return SampleFailure(reason, output.cause is ErrorCause.QUEUE_FULL)
         if session is attempt.second and attempt.paired and output.index > attempt.base:
             attempt.decoding = True
         sample.accept(self._as_client_knows_it(output), self._ready)

@@ -13,7 +13,8 @@ from kvbaton.settings import Count, Setting, check
 
 @dataclass(frozen=True, slots=True)
 class ClientConfig:
-    """`park_s` is how long a request that had begun waits for an engine when none is left.
+    """`park_s` is how long a request that had begun waits for an engine when none is left; `full_wait_s`, how long one
+    that had not waits for room where the engines turned out to be full.
 
     `request_timeout_s` bounds requests that do not bring a limit of their own, None: not at all. `max_in_flight`
     requests at a time; `max_migrations` sequences at a time leave one engine that drains.
@@ -25,6 +26,7 @@ class ClientConfig:
         Setting("router.max_resumes", "how often one request may be resumed before it fails"),
     ] = 3
     park_s: float = 30.0
+    full_wait_s: float = 1.0
     limits: SessionLimits = field(default_factory=SessionLimits)
     request_timeout_s: float | None = None
     max_in_flight: Count = 16384

@@ -24,7 +24,7 @@ from kvbaton.engine.kv.kv_manager import CacheEvent, CacheSnapshot
 from kvbaton.engine.ledger import Ledger
 from kvbaton.engine.legs import Ending, Leg
 from kvbaton.engine.orders import Abort, Evacuate, LegKind, MigrationOrdered, Notice, Submitted
-from kvbaton.engine.request import Request, TokenOutput
+from kvbaton.engine.request import ErrorCause, TokenOutput
 from kvbaton.engine.sequence import Status
 from kvbaton.engine.step_pipeline import LandedRow, StepEngine
 from kvbaton.kvtransfer.messages import HandoffCommands
@@ -154,11 +154,11 @@ class Worker:
 
     def _submit(self, leg: Leg, now: float) -> None:
         legs, request = self.ledger.legs, leg.request
-        refusal = self._check.refusal(request, len(legs))
+        refusal = self._check.refusal(leg, len(legs))
         if leg.key in legs:
             return  # a duplicate frame; the first one is being served
         if refusal is not None:
-            self._end(Ending(leg, refusal))
+            self._end(refusal)
             return
         if request.timeout_s is not None:
             leg.overdue_at_s = now + request.timeout_s + DEADLINE_GRACE_S
@@ -188,7 +188,7 @@ class Worker:
         self.decode.end(leg, reason)
         self.ledger.legs.remove(leg)
         if ending.error is not None:
-            self.ledger.outbox.refuse(leg, ending.error)
+            self.ledger.outbox.refuse(leg, ending.error, ending.cause)
 
     def _end_all(self, endings: Iterable[Ending]) -> None:
         for ending in endings:
@@ -206,13 +206,14 @@ class SubmitCheck:
     vocab_size: int
     max_requests: int
 
-    def refusal(self, request: Request, num_requests: int) -> str | None:
-        """Why the engine will not take `request` beside the `num_requests` that it has; None if it does."""
-        tokens = len(request.context)
+    def refusal(self, leg: Leg, num_requests: int) -> Ending | None:
+        """Why the engine will not take `leg` beside the `num_requests` that it has; None if it does."""
+        context = leg.request.context
+        tokens = len(context)
         if not 0 < tokens < self.max_tokens:
-            return f"prompt of {tokens} tokens; this engine takes 1 to {self.max_tokens - 1}"
-        if not 0 <= min(request.context) <= max(request.context) < self.vocab_size:
-            return f"token id out of vocabulary (0 to {self.vocab_size - 1})"
+            return Ending(leg, f"prompt of {tokens} tokens; this engine takes 1 to {self.max_tokens - 1}")
+        if not 0 <= min(context) <= max(context) < self.vocab_size:
+            return Ending(leg, f"token id out of vocabulary (0 to {self.vocab_size - 1})")
         if num_requests >= self.max_requests:
-            return f"engine queue is full ({num_requests} requests)"
+            return Ending(leg, f"engine queue is full ({num_requests} requests)", ErrorCause.QUEUE_FULL)
         return None

@@ -53,7 +53,8 @@ class Cluster:
 
 
 def serve(config: ClusterConfig, screen: Screen, signals: StopSignals) -> int:
-    """Run a cluster until Ctrl-C. Returns the exit status: 0 after Ctrl-C, 1 when a part failed to start."""
+    """Run a cluster until Ctrl-C. Returns the exit status: 0 after Ctrl-C, 1 when a part failed to start, 2
+    for a configuration that cannot work."""
     marker = secrets.token_hex(16)
     with _run_dir(marker) as run_dir, ExitStack() as stack:
         os.environ[MARKER_VARIABLE] = marker

@@ -20,7 +20,7 @@ from kvbaton.cluster.session.handshake import EngineHandshake
 from kvbaton.cluster.session.messages import AbortMessage, RefusedMessage, SubmitMessage, ToEngine, WelcomeMessage
 from kvbaton.cluster.session.wire import Encoder, decode_message
 from kvbaton.engine.orders import Migrate, Notice, Submit
-from kvbaton.engine.request import TokenOutput
+from kvbaton.engine.request import ErrorCause, TokenOutput
 from kvbaton.kvtransfer.handshake import HandshakeRefused
 from kvbaton.router.engine_info import EngineLoad
 
@@ -30,7 +30,7 @@ _CLOSE_GRACE_S = 1.0
 
 
 class SubmitRefused(RuntimeError):
-    """The engine does not even take a request into its inbox; the message is the reason."""
+    """The engine does not even take a request into its inbox, which is full; the message says how full."""
 
 
 class SessionHandler(Protocol):
@@ -193,10 +193,10 @@ class _Session:
         try:
             self._server.handler.submit(self.session_id, submit)
         except SubmitRefused as refusal:
-            self._refuse(submit, str(refusal))
+            self._refuse(submit, str(refusal), ErrorCause.QUEUE_FULL)
         except Exception as error:
             log.exception("request %s: the engine failed to take it", submit.request.request_id)
             self._refuse(submit, f"{type(error).__name__}: {error}")
 
-    def _refuse(self, submit: Submit, reason: str) -> None:
-        self._server.publish(self.session_id, submit.refused(reason), self._server.load)
+    def _refuse(self, submit: Submit, reason: str, cause: ErrorCause | None = None) -> None:
+        self._server.publish(self.session_id, submit.refused(reason, cause), self._server.load)

@@ -11,6 +11,7 @@ Protocol version, spoken in HELLO and CHALLENGE; any change to kinds, fields or 
 3  ends of hand-offs
 4  MIGRATED has a refusal or none
 5  declared messages: a row has all fields, logprobs nest, kinds of ends and legs travel by name
+6  a row has the cause of an error
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from kvbaton.engine.request import MAX_ERROR_CHARS, TokenOutput
 from kvbaton.kvtransfer.codec import WireError, convert, parts_of, unpack
 from kvbaton.router.engine_info import EngineLoad
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 HEADER = struct.Struct(">I")
 MAX_ARRAY = 1 << 20
 

@@ -8,6 +8,7 @@ import pytest
 
 from kvbaton.engine.config import BatchConfig
 from kvbaton.engine.orders import LegKind
+from kvbaton.engine.request import ErrorCause
 from kvbaton.kvtransfer.messages import HandoffKey, Released
 from support.toy_cluster import ToyCluster
 from support.toy_engine import ToyEngine, expected_tokens
@@ -57,7 +58,9 @@ def test_queue_beyond_its_cap_refuses_by_name() -> None:
     for i in range(4):
         b.submit(request(f"r{i}", prompt_of(5, i)))
     b.collect()
-    assert [(o.request_id, o.error) for o in b.outputs] == [("r3", "engine queue is full (3 requests)")]
+    (refusal,) = b.outputs
+    assert (refusal.request_id, refusal.error) == ("r3", "engine queue is full (3 requests)")
+    assert refusal.cause is ErrorCause.QUEUE_FULL
 
 
 def test_engines_that_wait_for_each_other_get_on() -> None:

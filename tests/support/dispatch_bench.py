@@ -17,7 +17,7 @@ from kvbaton.cluster.client.settings import ClientConfig, ClientCounters
 from kvbaton.cluster.session.client import SessionLost
 from kvbaton.engine.orders import Migrate, Submit
 from kvbaton.engine.request import Request, TokenOutput
-from kvbaton.router.engine_info import EngineInfo, Role
+from kvbaton.router.engine_info import EngineInfo, EngineLoad, Role
 from kvbaton.router.router import Router
 from support.client_support import NO_LOCAL_PREFILL
 from support.session_support import make_info
@@ -145,6 +145,11 @@ class Bench:
     def say(self, name: str, *outputs: TokenOutput) -> None:
         """One step of an engine."""
         self.dispatch.step(self._sessions[name], list(outputs))
+
+    def observe(self, name: str) -> None:
+        """A frame of an engine that has room, and says nothing else."""
+        self.router.observe(name, EngineLoad())
+        self.say(name)
 
     def assert_empty(self) -> None:
         """Nothing is left of any request: no attempt, no migration, no timer, and the router's book is clean."""

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from kvbaton.cluster.client.api import Cancelled, DeadlineExceeded, EngineLost, NoEngines, Overloaded
 from kvbaton.cluster.client.live_request import LiveRequest
 from kvbaton.cluster.client.settings import ClientConfig
 from kvbaton.engine.block_hash import block_hashes
 from kvbaton.engine.orders import LegKind, Migrated, MigrationWanted
-from kvbaton.engine.request import Request
+from kvbaton.engine.request import ErrorCause, Request, TokenOutput
 from kvbaton.kvtransfer.messages import PeerAddress
 from kvbaton.router.engine_info import EngineLoad
 from support.client_support import failure, token, token_at
@@ -87,6 +88,67 @@ async def test_what_is_too_much_for_the_engines_is_refused_before_anything_is_se
     live[0] = bench.begin(make_request("r12"))
     for one in live:
         bench.dispatch.end(one)
+    bench.assert_empty()
+
+
+def full(request: Request) -> TokenOutput:
+    return structs.replace(failure(request, 0, "engine queue is full"), cause=ErrorCause.QUEUE_FULL)
+
+
+async def test_an_engine_that_others_have_filled_is_no_failure() -> None:
+    """Other ingresses send there too: the router's own book cannot know. Another engine is tried, without a resume."""
+    bench = Bench("h0", "h1", config=ClientConfig(max_resumes=0))
+    live = bench.begin(make_request())
+    used, other = ("h0", "h1") if bench["h0"].submits else ("h1", "h0")
+    bench.say(used, full(make_request()))
+    (again,) = bench[other].submits
+    bench.say(other, *tokens(again.request, 0, last=0))
+    assert await read(live) == [0]
+    assert (bench.counters.resumed, bench.counters.lost, bench.counters.refused) == (0, 0, 0)
+    bench.assert_empty()
+
+
+async def test_without_room_anywhere_a_new_request_waits_shortly_and_is_refused() -> None:
+    bench = Bench("p0", "d0", config=ClientConfig(max_resumes=0, full_wait_s=1.0))
+    live = bench.begin(make_request())
+    bench.say("d0", full(make_request()))
+    assert live.parked == [0]
+    bench.timers.advance(0.6)
+    bench.observe("d0")
+    again = bench["d0"].submits[1].request
+    bench.say("d0", full(again))
+    bench.timers.advance(0.3)
+    assert not live.over
+    bench.timers.advance(0.2)
+    with pytest.raises(Overloaded, match="the queue of every engine is full") as refused:
+        await read_now(live)
+    assert refused.value.retry_after_s > 0
+    assert (bench.counters.resumed, bench.counters.lost, bench.counters.refused) == (0, 0, 1)
+    bench.assert_empty()
+
+
+async def test_decode_takes_the_prompt_that_prefill_has_no_room_for() -> None:
+    bench = Bench("p0", "d0", config=ClientConfig(max_resumes=0))
+    live = bench.begin(make_request())
+    bench.say("p0", full(make_request()))
+    assert [submit.kind for submit in bench["d0"].submits] == [LegKind.DECODE, LegKind.LOCAL]
+    bench.dispatch.end(live)
+    assert (bench.counters.resumed, bench.counters.lost) == (0, 0)
+    bench.assert_empty()
+
+
+async def test_a_stream_that_had_begun_waits_for_room_as_long_as_engines_work() -> None:
+    bench = Bench("p0", "d0", config=ClientConfig(max_resumes=0, park_s=30.0))
+    live = bench.begin(make_request())
+    bench.say("p0", *tokens(make_request(), 0))
+    bench.say("d0", full(make_request()))
+    bench.timers.advance(100.0)
+    assert (live.parked, live.over) == ([0], False)
+    bench.observe("d0")
+    again = bench["d0"].submits[1].request
+    assert again.emitted == (token_at(0, 0),)
+    bench.dispatch.end(live)
+    assert (bench.counters.resumed, bench.counters.lost, bench.counters.refused) == (0, 0, 0)
     bench.assert_empty()
 
 

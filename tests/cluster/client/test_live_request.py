@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from msgspec import structs
 
-from kvbaton.cluster.client.live_request import Attempt, LiveRequest, TokenGap, resume_request
+from kvbaton.cluster.client.live_request import Attempt, LiveRequest, SampleFailure, TokenGap, resume_request
 from kvbaton.engine.request import FinishReason, Request, TokenOutput
 from support.client_support import failure, token, token_at
 from support.dispatch_bench import RecordedSession, read_now
@@ -149,11 +149,11 @@ async def test_who_is_needed() -> None:
 async def test_a_failure_counts_only_where_the_engine_is_needed() -> None:
     pair = Pair()
     lost = failure(pair.request, 0, "no blocks")
-    assert pair.live.accept(pair.attempt, PREFILL, lost) == "engine p0: no blocks"
+    assert pair.live.accept(pair.attempt, PREFILL, lost) == SampleFailure("engine p0: no blocks")
     pair.prefill(0)
     pair.decode(1)
     assert pair.live.accept(pair.attempt, PREFILL, lost) is None
-    assert pair.live.accept(pair.attempt, DECODE, lost) == "engine d0: no blocks"
+    assert pair.live.accept(pair.attempt, DECODE, lost) == SampleFailure("engine d0: no blocks")
 
 
 async def test_an_attempt_that_was_replaced_is_not_heard() -> None:
