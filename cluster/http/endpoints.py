@@ -36,6 +36,10 @@ class ServiceEndpoints:
         """This process answers; says nothing of engines."""
         return json_response({"status": "ok"})
 
+    async def ping(self) -> Response:
+        """As `health`, without a body, for load balancers that ask here."""
+        return Response(status_code=200)
+
     async def ready(self) -> Response:
         if self._service.client.ready():
             return json_response({"status": "ready"})

@@ -1,6 +1,6 @@
 """What every call passes first, in plain ASGI: an id, a count, the key, the body's size, and the net under it all.
 
-    Front:  X-Request-Id, metrics, 500 for what nobody caught      ->      Gate:  401, 413      ->      the routes
+    Front:  X-Request-Id, metrics, 500 for what nobody caught      ->      Gate:  401, 413, 415      ->      the routes
 
 Wrapping `send` costs well under a microsecond a token; Starlette's BaseHTTPMiddleware costs a task and a queue a call.
 """
@@ -25,8 +25,11 @@ MAX_ID_CHARS = 128
 # Of a refused body: how much, and how long, is read only to be thrown away.
 DISCARD_BYTES = 64 << 20
 DISCARD_S = 10.0
+ENCODED = ErrorBody(
+    415, "compressed bodies are not read: send it without content-encoding", code="unsupported_encoding"
+)
 # Probes and scrapers carry no key.
-OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/ping", "/ready", "/version", "/metrics"})
 
 
 class Front:
@@ -79,7 +82,8 @@ class BodyTooLarge(Exception):
 
 
 class Gate:
-    """Refuses calls without a key and bodies past the cap, before any of the body is read where its length is known."""
+    """Refuses calls without a key, and bodies that are compressed or past the cap, before any of the body is read where
+    its length is known."""
 
     def __init__(self, app: ASGIApp, api_keys: Iterable[str], max_body_bytes: int) -> None:
         self._app = app
@@ -91,13 +95,15 @@ class Gate:
             await self._app(scope, receive, send)
         elif not self._may_enter(scope):
             await send_error(send, ErrorBody(401, "missing or wrong API key", code="invalid_api_key"))
+        elif _header(scope, b"content-encoding").strip().lower() not in (b"", b"identity"):
+            await _refuse_body(ENCODED, receive, send)
         elif _declared_length(scope) > self._max_body_bytes:
-            await self._refuse_body(receive, send)
+            await _refuse_body(self._too_large(), receive, send)
         else:
             try:
                 await self._app(scope, _CappedReceive(receive, self._max_body_bytes), send)
             except BodyTooLarge:
-                await self._refuse_body(receive, send)
+                await _refuse_body(self._too_large(), receive, send)
 
     def _may_enter(self, scope: Scope) -> bool:
         if not self._keys or scope["path"] in OPEN_PATHS:
@@ -108,20 +114,22 @@ class Gate:
         # No early end: the time taken says nothing of which key was nearly right.
         return sum(hmac.compare_digest(key.strip(), known) for known in self._keys) > 0
 
-    async def _refuse_body(self, receive: Receive, send: Send) -> None:
-        """Answer at once, then throw away what still comes, up to a limit, before the connection is closed.
+    def _too_large(self) -> ErrorBody:
+        return ErrorBody(413, f"the body is larger than {self._max_body_bytes} bytes", code="request_too_large")
 
-        Closing a socket that has unread data resets it, and then a client that writes its whole body before it reads
-        would see a broken pipe where the answer is.
-        """
-        message = f"the body is larger than {self._max_body_bytes} bytes"
-        body = ErrorBody(413, message, code="request_too_large")
-        await send(error_start(body, close=True))
-        await send({"type": "http.response.body", "body": body.json(), "more_body": True})
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DISCARD_S):
-                await _discard(receive, DISCARD_BYTES)
-        await send({"type": "http.response.body", "body": b""})
+
+async def _refuse_body(body: ErrorBody, receive: Receive, send: Send) -> None:
+    """Answer at once, then throw away what still comes, up to a limit, before the connection is closed.
+
+    Closing a socket that has unread data resets it, and then a client that writes its whole body before it reads
+    would see a broken pipe where the answer is.
+    """
+    await send(error_start(body, close=True))
+    await send({"type": "http.response.body", "body": body.json(), "more_body": True})
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_S):
+            await _discard(receive, DISCARD_BYTES)
+    await send({"type": "http.response.body", "body": b""})
 
 
 class _CappedReceive:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -54,8 +55,30 @@ async def test_each_key_opens(app: FastAPI, key: str) -> None:
 
 async def test_probes_need_no_key(app: FastAPI) -> None:
     async with http_client(app) as http:
-        for path in ("/health", "/ready", "/version", "/metrics"):
+        for path in ("/health", "/ping", "/ready", "/version", "/metrics"):
             assert (await http.get(path)).status_code == 200
+        answer = await http.post("/ping")
+        assert (answer.status_code, answer.content) == (200, b"")
+
+
+@pytest.mark.parametrize(("encoding", "status"), [("gzip", 415), ("br, gzip", 415), ("identity", 200), ("", 200)])
+async def test_a_compressed_body_is_refused_by_name(app: FastAPI, encoding: str, status: int) -> None:
+    """Guards a client that compresses, which was told that its JSON is not valid."""
+    body = json.dumps(GOOD).encode()
+    body = gzip.compress(body) if status == 415 else body
+    async with http_client(app) as http:
+        response = await http.post(TEXT, content=body, headers=KEY | {"content-encoding": encoding})
+    assert response.status_code == status
+    if status == 415:
+        assert response.json()["error"]["code"] == "unsupported_encoding"
+
+
+async def test_tokenize_is_under_v1_too(app: FastAPI) -> None:
+    async with http_client(app) as http:
+        plain, v1 = [await http.post(f"{at}/tokenize", json=GOOD, headers=KEY) for at in ("", "/v1")]
+        assert plain.json() == v1.json()
+        back = await http.post("/v1/detokenize", json={"tokens": v1.json()["tokens"]}, headers=KEY)
+        assert "Hi" in back.json()["prompt"]
 
 
 class EndlessBody:
