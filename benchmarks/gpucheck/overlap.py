@@ -15,7 +15,7 @@ from gpucheck.rig import Rig
 from gpucheck.timing import WARM_UP, Clock
 
 from kvbaton.cluster.host.worker import Worker
-from kvbaton.engine.batch import Pending, ScheduledRow
+from kvbaton.engine.batch import BatchLayout, Pending, ScheduledRow
 from kvbaton.engine.config import BatchConfig
 from kvbaton.engine.cuda_graphs import Bucket
 from kvbaton.engine.kv.kv_manager import KVManager
@@ -94,7 +94,8 @@ def _step_s(rig: Rig, batch: int, context: int, steps: int, clock: Clock, pipeli
 def _admit(worker: Worker, rig: Rig, name: str, context: int, salt: int) -> None:
     """A greedy sequence that decodes, whose KV is what lies in the pool."""
     prompt = tuple(7 + (salt * 31 + n) % 200 for n in range(context + 1))
-    request = Request(name, prompt, SamplingParams(max_tokens=1 << 20, temperature=0.0, ignore_eos=True))
+    sampling = SamplingParams(max_tokens=1 << 20, temperature=0.0, ignore_eos=True)
+    request = Request(name, prompt[:-1], sampling, emitted=prompt[-1:])
     seq = Sequence(request, 0.0)
     seq.num_computed = context
     seq.block_table = worker.ledger.kv.allocate(-(-(context + 1) // rig.block_size))
@@ -105,7 +106,7 @@ def _admit(worker: Worker, rig: Rig, name: str, context: int, salt: int) -> None
 
 
 def _bucket(rig: Rig, rows: list[ScheduledRow]) -> Bucket:
-    bucket = rig.graphs.bucket(rows)
+    bucket = rig.graphs.bucket(rows, BatchLayout.of(rows))
     if bucket is None:
         raise ValueError(f"no graph holds {len(rows)} rows")
     return bucket

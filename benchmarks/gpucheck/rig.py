@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvbaton.engine.batch import ScheduledRow
+from kvbaton.engine.batch import BatchLayout, ScheduledRow
 from kvbaton.engine.config import CPU_BLOCK_SIZE, GPU_BLOCK_SIZE
 from kvbaton.engine.cuda_graphs import CudaCapture, DecodeGraphs, GraphSizes, Replay, run_again
 from kvbaton.engine.kv.kv_cache import KVCache, KVGeometry
@@ -71,14 +71,16 @@ class Rig:
     def capacity_tokens(self) -> int:
         return self.num_blocks * self.block_size
 
-    def sequences(self, batch: int, context: int) -> list[Sequence] | None:
-        """Running sequences of `context` tokens in the pool and one to compute; None where the pool is too small."""
+    def sequences(self, batch: int, context: int, drawn: int = 1) -> list[Sequence] | None:
+        """Sequences of `context` tokens in the pool and one to compute, the last `drawn` of them generated; None where
+        the pool is too small."""
         each = -(-(context + 1) // self.block_size)
         if batch * each > self.num_blocks:
             return None
         made = []
         for i in range(batch):
-            request = Request(f"r{i}", tuple(7 + (i * 31 + n) % 200 for n in range(context + 1)), _greedy())
+            tokens = tuple(7 + (i * 31 + n) % 200 for n in range(context + 1))
+            request = Request(f"r{i}", tokens[: context + 1 - drawn], _greedy(), emitted=tokens[context + 1 - drawn :])
             seq = Sequence(request, 0.0)
             seq.num_computed = context
             seq.block_table = self._order[i * each : (i + 1) * each]
@@ -91,14 +93,14 @@ class Rig:
 
     def captured(self, rows: list[ScheduledRow]) -> CapturedStep:
         """The graph of a step that has run, and what it reads."""
-        bucket = self.graphs.bucket(rows)
+        bucket = self.graphs.bucket(rows, BatchLayout.of(rows))
         if bucket is None:
             raise ValueError(f"no graph holds {len(rows)} rows")
         return CapturedStep(self.graphs._graphs[bucket].replay, self.graphs._views(bucket)[1])
 
     def prompt(self, tokens: int) -> Sequence:
         """A sequence of which nothing is computed, with blocks for all of it."""
-        made = self.sequences(1, tokens - 1)
+        made = self.sequences(1, tokens - 1, drawn=0)
         if made is None:
             raise ValueError(f"{tokens} tokens do not fit into {self.capacity_tokens}")
         return made[0]
